@@ -1,0 +1,112 @@
+"""Blocks of the encoder and decoder, and the function that hands the carry through them.
+
+B batch, T frames, H W pixels, C channels.
+"""
+
+from collections.abc import Iterable
+
+from flax import nnx
+
+from flax_vae.layers.attention import Attention
+from flax_vae.layers.conv import Clip
+from flax_vae.layers.resample import SpatialDownsample, SpatialUpsample, TemporalDownsample, TemporalUpsample
+from flax_vae.layers.resnet import CausalResnetBlock
+
+
+def thread(layers: Iterable, x: Clip, carry=None):
+    """Runs `x` through layers that see time; the carry is one entry a layer, or None at the start of a stream.
+
+    Returns the output and the new carry. Raises ValueError when the carry has another number of entries.
+    """
+    layers = list(layers)
+    before = (None,) * len(layers) if carry is None else carry
+    if len(before) != len(layers):
+        raise ValueError(f"a carry of {len(before)} entries cannot go through {len(layers)} layers: use the carry of the same model")
+    after = []
+    for layer, entry in zip(layers, before, strict=True):
+        x, entry = layer(x, entry)
+        after.append(entry)
+    return x, tuple(after)
+
+
+def resnet_chain(channels: int, out_channels: int, num_layers: int, *args, rngs: nnx.Rngs) -> nnx.List:
+    """Builds `num_layers` residual blocks, the first of which changes the number of channels."""
+    widths = [channels] + [out_channels] * (num_layers - 1)
+    return nnx.List([CausalResnetBlock(width, out_channels, *args, rngs=rngs) for width in widths])
+
+
+class DownBlock(nnx.Module):
+    """Residual blocks, then half the height and width, then half the frames, where asked for."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_layers: int = 1,
+        num_groups: int = 32,
+        dropout: float = 0.0,
+        output_scale_factor: float = 1.0,
+        spatial_downsample: bool = True,
+        temporal_downsample: bool = False,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.resnets = resnet_chain(
+            in_channels, out_channels, num_layers, num_groups, dropout, output_scale_factor, rngs=rngs
+        )
+        self.downsamplers = nnx.List([SpatialDownsample(out_channels, rngs=rngs)] if spatial_downsample else [])
+        self.temporal_downsamplers = nnx.List([TemporalDownsample(out_channels, rngs=rngs)] if temporal_downsample else [])
+
+    def __call__(self, x: Clip, carry=None):
+        """Maps (B, T, H, W, in) to (B, T', H', W', out); returns it and the carry."""
+        return thread([*self.resnets, *self.downsamplers, *self.temporal_downsamplers], x, carry)
+
+
+class MidBlock(nnx.Module):
+    """A residual block, attention within each frame, and another residual block."""
+
+    def __init__(
+        self,
+        channels: int,
+        num_groups: int = 32,
+        dropout: float = 0.0,
+        output_scale_factor: float = 1.0,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.resnets = resnet_chain(channels, channels, 2, num_groups, dropout, output_scale_factor, rngs=rngs)
+        self.attentions = nnx.List([Attention(channels, num_groups, rngs=rngs)])
+
+    def __call__(self, x: Clip, carry=None):
+        """Maps (B, T, H, W, C) to the same shape; returns it and the carry."""
+        first, second = (None, None) if carry is None else carry
+        x, first = self.resnets[0](x, first)
+        x, second = self.resnets[1](self.attentions[0](x), second)
+        return x, (first, second)
+
+
+class UpBlock(nnx.Module):
+    """Residual blocks, then twice the height and width, then twice the frames, where asked for."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_layers: int = 1,
+        num_groups: int = 32,
+        dropout: float = 0.0,
+        output_scale_factor: float = 1.0,
+        spatial_upsample: bool = True,
+        temporal_upsample: bool = False,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.resnets = resnet_chain(
+            in_channels, out_channels, num_layers, num_groups, dropout, output_scale_factor, rngs=rngs
+        )
+        self.upsamplers = nnx.List([SpatialUpsample(out_channels, rngs=rngs)] if spatial_upsample else [])
+        self.temporal_upsamplers = nnx.List([TemporalUpsample(out_channels, rngs=rngs)] if temporal_upsample else [])
+
+    def __call__(self, x: Clip, carry=None):
+        """Maps (B, T, H, W, in) to (B, T', H', W', out); returns it and the carry."""
+        return thread([*self.resnets, *self.upsamplers, *self.temporal_upsamplers], x, carry)

@@ -1,0 +1,169 @@
+"""Convolutions over time, height and width; the only file that knows how time is padded and carried.
+
+B batch, T frames, H W pixels, C channels; arrays are B T H W C, kernels are T H W I O.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from flax_vae.layers.geometry import Pair, causal_padding, conv_output_size, triple
+
+PadMode = Literal["constant", "replicate", "reflect", "circular"]
+Padding = tuple[Pair, Pair, Pair]
+Clip = Float[Array, "b t h w c"]
+Carry = Array | tuple[()] | None
+
+_NUMPY_PAD_MODE = {"replicate": "edge", "reflect": "reflect", "circular": "wrap"}
+
+
+class Conv3d(nnx.Module):
+    """Convolves B T H W C with zeros around it, as torch's Conv3d does on B C T H W.
+
+    Holds `kernel` (time, height, width, in / groups, out) and `bias` (out). An integer kernel, stride, padding or
+    dilation is meant for all three axes. Raises ValueError when `groups` does not divide the channels.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        if in_channels % groups or out_channels % groups:
+            raise ValueError(f"{groups} groups must divide both {in_channels} input and {out_channels} output channels")
+        self.in_channels, self.groups = in_channels, groups
+        self.kernel_size, self.stride, self.dilation = triple(kernel_size), triple(stride), triple(dilation)
+        time, height, width = triple(padding)
+        self.padding: Padding = ((time, time), (height, height), (width, width))
+        shape = (*self.kernel_size, in_channels // groups, out_channels)
+        self.kernel = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(out_channels, jnp.float32)) if bias else None
+
+    def __call__(self, x: Clip) -> Clip:
+        """Convolves a clip; raises ValueError when it is smaller than the kernel or has other channels."""
+        check_clip(x, self.in_channels)
+        self.output_size(x.shape[1:4], self.padding)
+        return self.convolve(x, self.padding)
+
+    def output_size(self, size: Sequence[int], padding: Padding) -> tuple[int, ...]:
+        """Gives the output's time, height and width (or its last axes alone, for a `size` of fewer axes)."""
+        axes = zip(self.kernel_size, self.stride, padding, self.dilation, strict=True)
+        last = list(axes)[3 - len(size) :]
+        return tuple(conv_output_size(n, *axis) for n, axis in zip(size, last, strict=True))
+
+    def convolve(self, x: Clip, padding: Padding) -> Clip:
+        """Convolves with the given padding of time, height and width; too few frames give no frame."""
+        y = jax.lax.conv_general_dilated(
+            x,
+            self.kernel[...],
+            window_strides=self.stride,
+            padding=padding,
+            rhs_dilation=self.dilation,
+            dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+            feature_group_count=self.groups,
+        )
+        return y if self.bias is None else y + self.bias[...]
+
+
+class CausalConv3d(nnx.Module):
+    """Convolves a stream of frames so that no output frame sees a later input frame.
+
+    At the start of the stream time gets dilation * (k - 1) frames of padding in front and none behind; later on the
+    carry stands there. Height and width get k // 2 on each side, whatever the stride and the dilation. Padding means
+    what it means in torch's `F.pad`; all of it falls back to constant when the first chunk has no more frames than
+    its time padding, so with another mode a stream must start with a longer chunk to equal the whole clip.
+    An integer stride is a stride in time alone; an integer dilation is meant for all three axes.
+
+    Raises ValueError for an even height or width of the kernel, an unknown `pad_mode`, a mode that needs more pixels
+    than there are, and for "circular" with a carry: it would have to know the end of the clip.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        pad_mode: PadMode = "constant",
+        *,
+        rngs: nnx.Rngs,
+    ):
+        kernel_size = triple(kernel_size)
+        if not (kernel_size[1] % 2 and kernel_size[2] % 2):
+            raise ValueError(f"height and width of a causal kernel must be odd, got {kernel_size}")
+        if pad_mode not in get_args(PadMode):
+            raise ValueError(f"pad_mode must be one of {', '.join(get_args(PadMode))}, got {pad_mode!r}")
+        stride = (stride, 1, 1) if isinstance(stride, int) else stride
+        self.conv = Conv3d(in_channels, out_channels, kernel_size, stride, 0, dilation, groups, bias, rngs=rngs)
+        self.padding = causal_padding(kernel_size, dilation)
+        self.pad_mode = pad_mode
+
+    @property
+    def span(self) -> int:
+        """Frames from the oldest that an output needs, or that the stride skips before it, to the newest."""
+        return max(self.padding[0][0] + 1, self.conv.stride[0])
+
+    def __call__(self, x: Clip, carry: Carry = None) -> tuple[Clip, Carry]:
+        """Gives the output frames that `x` completes, and as carry the input frames that later outputs need."""
+        check_clip(x, self.conv.in_channels)
+        self.conv.output_size(x.shape[2:4], self.padding)
+        before = self.padding[0][0]
+        if carry is None:
+            check_start(x)
+            y = self._padded(x, self.padding, self.pad_mode if x.shape[1] > before else "constant")
+            return y, self._rest(x, y.shape[1] * self.conv.stride[0] - (self.span - 1))
+        if self.pad_mode == "circular" and before:
+            raise ValueError("circular padding joins the end of a clip to its start: pass the whole clip, it cannot be streamed")
+        x = self._extended(carry, x)
+        y = self._padded(x[:, self.span - 1 - before :], ((0, 0), *self.padding[1:]), self.pad_mode)
+        return y, self._rest(x, y.shape[1] * self.conv.stride[0])
+
+    def _padded(self, x: Clip, padding: Padding, mode: PadMode) -> Clip:
+        if mode == "constant":
+            return self.conv.convolve(x, padding)
+        for size, pad, axis in zip(x.shape[1:4], padding, ("frames", "rows", "columns"), strict=True):
+            if mode != "replicate" and max(pad) and max(pad) >= size + (mode == "circular"):
+                raise ValueError(f"{mode} padding of {max(pad)} needs more than {size} {axis}: use a larger clip or another pad_mode")
+        x = jnp.pad(x, ((0, 0), *padding, (0, 0)), mode=_NUMPY_PAD_MODE[mode])
+        return self.conv.convolve(x, ((0, 0),) * 3)
+
+    def _extended(self, carry: Carry, x: Clip) -> Clip:
+        if self.span == 1:
+            return x
+        shape = getattr(carry, "shape", ())
+        if (shape[:1], shape[2:]) != (x.shape[:1], x.shape[2:]):
+            raise ValueError(f"a carry of shape {tuple(shape)} does not continue into a chunk of shape {x.shape}: use the carry of the same stream")
+        return jnp.concatenate([carry, x], axis=1)
+
+    def _rest(self, x: Clip, start: int) -> Carry:
+        """Gives the frames from `start` on, with frames of zeros in front where it is negative."""
+        if self.span == 1:
+            return ()
+        return jnp.pad(x[:, max(start, 0) :], ((0, 0), (max(-start, 0), 0), (0, 0), (0, 0), (0, 0)))
+
+
+def check_clip(x: Array, channels: int) -> None:
+    """Raises ValueError unless `x` is B T H W C with this many channels, and pixels in every frame."""
+    if x.ndim != 5 or x.shape[4] != channels or 0 in (x.shape[0], *x.shape[2:]):
+        raise ValueError(f"expected (batch, frames, height, width, {channels}) with at least one pixel, got {tuple(x.shape)}")
+
+
+def check_start(x: Array) -> None:
+    """Raises ValueError when a stream is to start with no frame."""
+    if x.shape[1] == 0:
+        raise ValueError(f"a stream must start with at least one frame, got {tuple(x.shape)}")

@@ -1,0 +1,77 @@
+"""Arithmetic of causal convolutions: sizes, padding and frame counts, in plain integers."""
+
+from collections.abc import Sequence
+
+Pair = tuple[int, int]
+Triple = tuple[int, int, int]
+
+
+def triple(value: int | Sequence[int]) -> Triple:
+    """Gives (time, height, width) from one integer, repeated, or from three; ValueError otherwise."""
+    values = (value,) * 3 if isinstance(value, int) else tuple(value)
+    if len(values) != 3:
+        raise ValueError(f"expected one integer or three (time, height, width), got {value!r}")
+    return values
+
+
+def conv_output_size(size: int, kernel: int, stride: int = 1, padding: Pair = (0, 0), dilation: int = 1) -> int:
+    """Counts the outputs of a convolution along one axis of `size` elements, padded by (before, after).
+
+    Raises ValueError when the padded axis is shorter than the dilated kernel.
+    """
+    room = size + sum(padding) - dilation * (kernel - 1) - 1
+    if room < 0:
+        raise ValueError(
+            f"a kernel of {kernel} at dilation {dilation} spans {dilation * (kernel - 1) + 1} elements, "
+            f"but {size} with padding {tuple(padding)} gives only {size + sum(padding)}: use a larger input"
+        )
+    return room // stride + 1
+
+
+def causal_padding(kernel_size: int | Sequence[int], dilation: int | Sequence[int] = 1) -> tuple[Pair, Pair, Pair]:
+    """Gives the (before, after) padding of time, height and width: all of time's in front, k // 2 around the rest."""
+    kt, kh, kw = triple(kernel_size)
+    return (triple(dilation)[0] * (kt - 1), 0), (kh // 2, kh // 2), (kw // 2, kw // 2)
+
+
+def lax_padding(torch_pad: Sequence[int], rank: int, order: Sequence[int] | None = None) -> tuple[Triple, ...]:
+    """Turns the tuple of torch's `F.pad`, last axis first, into a padding config for `jax.lax.pad`.
+
+    Args:
+      torch_pad: (before, after) of the last axis, then of the one before it, and so on; negative values crop.
+      rank: number of axes of the array.
+      order: for another axis order than torch's, the torch axis that each axis holds; (0, 2, 3, 4, 1) for B T H W C.
+
+    Returns:
+      One (before, after, interior) for every axis.
+
+    Raises:
+      ValueError: the tuple is odd in length or longer than the array has axes, or `order` is no permutation.
+    """
+    if len(torch_pad) % 2 or len(torch_pad) > 2 * rank:
+        raise ValueError(f"expected (before, after) pairs for at most {rank} axes, got {len(torch_pad)} numbers: {tuple(torch_pad)}")
+    order = range(rank) if order is None else order
+    if sorted(order) != list(range(rank)):
+        raise ValueError(f"order must be a permutation of the {rank} axes, got {tuple(order)}")
+    pairs = list(zip(torch_pad[::2], torch_pad[1::2], strict=True))[::-1]
+    config = [(0, 0, 0)] * (rank - len(pairs)) + [(before, after, 0) for before, after in pairs]
+    return tuple(config[axis] for axis in order)
+
+
+def latent_frames(frames: int, factor: int) -> int:
+    """Counts the latent frames of a clip of factor * k + 1 frames; ValueError for any other number of frames.
+
+    The first frame is a latent of its own, every later `factor` frames are one more.
+    """
+    if frames < 1 or (frames - 1) % factor:
+        below = max(1, frames - (frames - 1) % factor)
+        near = f"{below}" if frames <= below else f"{below} or {below + factor}"
+        raise ValueError(f"a clip must have {factor}k + 1 frames, got {frames}: use {near}")
+    return (frames - 1) // factor + 1
+
+
+def pixel_frames(latents: int, factor: int) -> int:
+    """Counts the frames that `latents` latent frames decode to; ValueError when there is no latent."""
+    if latents < 1:
+        raise ValueError(f"expected at least one latent frame, got {latents}")
+    return factor * (latents - 1) + 1

@@ -1,0 +1,33 @@
+"""Group normalisation of one frame at a time: B batch, T frames, H W pixels, C channels."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flax_vae.layers.conv import Clip, check_clip
+
+
+class CausalGroupNorm(nnx.Module):
+    """Normalises each group of channels over the pixels of a single frame, so that no frame sees another.
+
+    y = (x - mean) / sqrt(var + eps) * scale + bias, with the two-pass variance in float32 or better (Wu & He 2018).
+    Raises ValueError when `num_groups` does not divide `num_channels`.
+    """
+
+    def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-6, *, rngs: nnx.Rngs):
+        del rngs  # ones and zeros need no randomness; the signature is every layer's
+        if num_channels % num_groups:
+            raise ValueError(f"{num_groups} norm groups must divide {num_channels} channels")
+        self.num_groups, self.num_channels, self.eps = num_groups, num_channels, eps
+        self.scale = nnx.Param(jnp.ones(num_channels, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(num_channels, jnp.float32))
+
+    def __call__(self, x: Clip) -> Clip:
+        """Normalises (B, T, H, W, C) and returns it in the dtype it came in."""
+        check_clip(x, self.num_channels)
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        groups = x.astype(wide).reshape(*x.shape[:4], self.num_groups, self.num_channels // self.num_groups)
+        centred = groups - groups.mean(axis=(2, 3, 5), keepdims=True)
+        variance = jnp.square(centred).mean(axis=(2, 3, 5), keepdims=True)
+        y = (centred * jax.lax.rsqrt(variance + self.eps)).reshape(x.shape)
+        return (y * self.scale[...].astype(wide) + self.bias[...].astype(wide)).astype(x.dtype)

@@ -1,0 +1,140 @@
+"""Halving and doubling of space and of time: B batch, T frames, H W pixels, C channels."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+
+from flax_vae.layers.conv import CausalConv3d, Clip, check_clip, check_start
+from flax_vae.layers.geometry import triple
+
+
+class AvgPool3d(nnx.Module):
+    """Averages windows of time, height and width as torch's AvgPool3d does, on B T H W C.
+
+    Raises ValueError when the padding is more than half of the kernel.
+    """
+
+    def __init__(
+        self,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] | None = None,
+        padding: int | Sequence[int] = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+    ):
+        self.kernel_size, self.padding = triple(kernel_size), triple(padding)
+        self.stride = self.kernel_size if stride is None else triple(stride)
+        if any(2 * pad > kernel for pad, kernel in zip(self.padding, self.kernel_size, strict=True)):
+            raise ValueError(f"padding {self.padding} must be at most half of the kernel {self.kernel_size}")
+        self.ceil_mode, self.count_include_pad = ceil_mode, count_include_pad
+
+    def __call__(self, x: Clip) -> Clip:
+        """Pools (B, T, H, W, C); raises ValueError when it is smaller than the kernel."""
+        check_clip(x, x.shape[-1])
+        axes = zip(x.shape[1:4], self.kernel_size, self.stride, self.padding, strict=True)
+        counts = [window_counts(*axis, self.ceil_mode, self.count_include_pad) for axis in axes]
+        padding = [(0, 0), *map(self._around, range(3), x.shape[1:4], map(len, counts)), (0, 0)]
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        window, stride = (1, *self.kernel_size, 1), (1, *self.stride, 1)
+        sums = jax.lax.reduce_window(x.astype(wide), np.zeros((), wide), jax.lax.add, window, stride, padding)
+        area = np.einsum("t,h,w->thw", *counts)[None, ..., None]
+        return (sums / area.astype(wide)).astype(x.dtype)
+
+    def _around(self, axis: int, size: int, windows: int) -> tuple[int, int]:
+        """Gives the zeros before and after an axis that its windows reach into."""
+        reach = (windows - 1) * self.stride[axis] + self.kernel_size[axis] - self.padding[axis]
+        return self.padding[axis], max(0, reach - size)
+
+
+def window_counts(size: int, kernel: int, stride: int, padding: int, ceil_mode: bool, include_pad: bool) -> np.ndarray:
+    """Counts, for every pooling window along one axis, the elements that torch divides by.
+
+    With `ceil_mode` a last window may reach past the padding, but never starts there, and counts nothing beyond it.
+    """
+    room = size + 2 * padding - kernel
+    if room < 0 and size:
+        raise ValueError(f"pooling windows of {kernel} need more than {size} elements with padding {padding}: use a larger input")
+    windows = (room + (stride - 1 if ceil_mode else 0)) // stride + 1 if size else 0
+    starts = np.arange(windows) * stride - padding
+    starts = starts[starts < size + padding]
+    if include_pad:
+        return np.minimum(starts + kernel, size + padding) - starts
+    return np.minimum(starts + kernel, size) - np.maximum(starts, 0)
+
+
+class SpatialDownsample(nnx.Module):
+    """Halves height and width: a causal 3x3x3 convolution of stride (1, 2, 2), or the average of 2x2 pixels.
+
+    The convolution rounds odd sizes up, the average down. Averaging cannot change the channels: ValueError.
+    """
+
+    def __init__(self, channels: int, out_channels: int | None = None, use_conv: bool = True, *, rngs: nnx.Rngs):
+        check_pooled_channels(channels, out_channels, use_conv)
+        out_channels = out_channels or channels
+        self.conv = CausalConv3d(channels, out_channels, 3, (1, 2, 2), rngs=rngs) if use_conv else AvgPool3d((1, 2, 2))
+
+    def __call__(self, x: Clip, carry=None):
+        """Maps (B, T, H, W, C) to (B, T, H / 2, W / 2, out); returns it and the carry."""
+        return self.conv(x, carry) if isinstance(self.conv, CausalConv3d) else (self.conv(x), ())
+
+
+class TemporalDownsample(nnx.Module):
+    """Halves time: 2k + 1 frames at the start of a stream become k + 1, later 2k become k.
+
+    By a causal 3x3x3 convolution of stride (2, 1, 1), or by the average of two frames; the first frame of the stream
+    is then averaged with itself, and an odd frame waits in the carry. Averaging cannot change the channels: ValueError.
+    """
+
+    def __init__(self, channels: int, out_channels: int | None = None, use_conv: bool = True, *, rngs: nnx.Rngs):
+        check_pooled_channels(channels, out_channels, use_conv)
+        out_channels = out_channels or channels
+        self.conv = CausalConv3d(channels, out_channels, 3, (2, 1, 1), rngs=rngs) if use_conv else AvgPool3d((2, 1, 1))
+
+    def __call__(self, x: Clip, carry=None):
+        """Maps (B, T, H, W, C) to about half the frames; returns it and the carry."""
+        if isinstance(self.conv, CausalConv3d):
+            return self.conv(x, carry)
+        if carry is None:
+            check_start(x)
+            carry = x[:, :1]
+        x = jnp.concatenate([carry, x], axis=1)
+        whole = x.shape[1] // 2 * 2
+        return self.conv(x[:, :whole]), x[:, whole:]
+
+
+def check_pooled_channels(channels: int, out_channels: int | None, use_conv: bool) -> None:
+    """Raises ValueError when average pooling is asked to change the number of channels."""
+    if not use_conv and out_channels not in (None, channels):
+        raise ValueError(f"average pooling keeps {channels} channels and cannot give {out_channels}: use a convolution")
+
+
+class SpatialUpsample(nnx.Module):
+    """Doubles height and width: a causal 3x3x3 convolution to 4 values a channel, then the pixel shuffle."""
+
+    def __init__(self, channels: int, out_channels: int | None = None, *, rngs: nnx.Rngs):
+        self.conv = CausalConv3d(channels, 4 * (out_channels or channels), 3, rngs=rngs)
+
+    def __call__(self, x: Clip, carry=None):
+        """Maps (B, T, H, W, C) to (B, T, 2H, 2W, out); returns it and the carry."""
+        y, carry = self.conv(x, carry)
+        return rearrange(y, "b t h w (c p1 p2) -> b t (h p1) (w p2) c", p1=2, p2=2), carry
+
+
+class TemporalUpsample(nnx.Module):
+    """Doubles time: a causal 3x3x3 convolution to 2 values a channel, dealt out to two frames each.
+
+    The first frame of a stream is one frame only, so k + 1 frames become 2k + 1, and later k become 2k.
+    """
+
+    def __init__(self, channels: int, out_channels: int | None = None, *, rngs: nnx.Rngs):
+        self.conv = CausalConv3d(channels, 2 * (out_channels or channels), 3, rngs=rngs)
+
+    def __call__(self, x: Clip, carry=None):
+        """Maps (B, T, H, W, C) to (B, 2T - 1 or 2T, H, W, out); returns it and the carry."""
+        y, after = self.conv(x, carry)
+        y = rearrange(y, "b t h w (c p) -> b (t p) h w c", p=2)
+        return (y[:, 1:] if carry is None else y), after

@@ -1,0 +1,48 @@
+"""The distribution of latents that the encoder gives: b batch, t frames, h w latent pixels, z channels."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+Latents = Float[Array, "b t h w z"]
+LOGVAR_RANGE = (-30.0, 20.0)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DiagonalGaussian:
+    """Independent normal distributions, one for every latent value (Kingma & Welling 2014)."""
+
+    mean: Latents
+    logvar: Latents
+
+    @classmethod
+    def from_moments(cls, moments: Float[Array, "b t h w 2z"]) -> "DiagonalGaussian":
+        """Splits the channels into mean | logvar and clamps logvar to [-30, 20]; ValueError for an odd number."""
+        if moments.shape[-1] % 2:
+            raise ValueError(f"moments are mean | logvar, an even number of channels, got {moments.shape}")
+        mean, logvar = jnp.split(moments, 2, axis=-1)
+        return cls(mean, jnp.clip(logvar, *LOGVAR_RANGE))
+
+    @property
+    def std(self) -> Latents:
+        """The standard deviation."""
+        return jnp.exp(0.5 * self.logvar)
+
+    def mode(self) -> Latents:
+        """Gives the most likely latents, which is the mean."""
+        return self.mean
+
+    def sample(self, key: PRNGKeyArray) -> Latents:
+        """Draws latents: mean + std * standard normal noise."""
+        return self.mean + self.std * jax.random.normal(key, self.mean.shape, self.mean.dtype)
+
+    def kl(self) -> Float[Array, ""]:
+        """Gives the divergence from the standard normal distribution, in nats.
+
+        Summed over frames, rows and columns, averaged over batch and channels, as the public training does.
+        """
+        terms = jnp.square(self.mean) + jnp.exp(self.logvar) - 1.0 - self.logvar
+        return 0.5 * jnp.sum(terms, axis=(1, 2, 3)).mean()

@@ -1,0 +1,46 @@
+"""Latents as a diffusion model wants them: shifted and scaled, the first frame and the later ones apart."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from flax_vae.models.posterior import Latents
+
+Statistic = float | tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class LatentScaling:
+    """Maps latents z to (z - shift) * scale and back, with one shift and scale (or one a channel) for the first
+    frame of a clip, or an image, and others for the frames after it.
+
+    The first frame differs because it is encoded from one frame, the later ones from several each.
+    """
+
+    first_shift: Statistic
+    first_scale: Statistic
+    rest_shift: Statistic
+    rest_scale: Statistic
+
+    @classmethod
+    def released(cls, variant: str) -> "LatentScaling":
+        """Gives the statistics of a released variant, "flux" or "sd3"; ValueError for another name."""
+        first = {"flux": (-0.04, 1 / 1.8726), "sd3": (0.1490, 1 / 1.8415)}
+        if variant not in first:
+            raise ValueError(f"variant must be one of {', '.join(sorted(first))}, got {variant!r}")
+        return cls(*first[variant], -0.2343, 1 / 3.0986)
+
+    def normalize(self, latents: Latents, start: bool = True) -> Latents:
+        """Gives (z - shift) * scale of (B, t, h, w, z); `start` is False for a later chunk of a stream."""
+        shift, scale = self._per_frame(latents, start)
+        return (latents - shift) * scale
+
+    def denormalize(self, latents: Latents, start: bool = True) -> Latents:
+        """Undoes `normalize`: z / scale + shift."""
+        shift, scale = self._per_frame(latents, start)
+        return latents / scale + shift
+
+    def _per_frame(self, latents: Latents, start: bool):
+        is_first = (jnp.arange(latents.shape[1]) == 0)[:, None, None, None] & start
+        pairs = ((self.first_shift, self.rest_shift), (self.first_scale, self.rest_scale))
+        return [jnp.where(is_first, *(jnp.asarray(value, latents.dtype) for value in pair)) for pair in pairs]

@@ -1,0 +1,41 @@
+"""Latents to the range a diffusion model expects. Shapes: B batch, z channels, t h w latents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LatentScaling:
+    """(z - shift) * scale on B z t h w, the first latent frame (or image) apart from the rest."""
+
+    first_shift: float
+    first_scale: float
+    rest_shift: float
+    rest_scale: float
+
+    @classmethod
+    def released(cls, variant: str) -> LatentScaling:
+        """The numbers published with the diffusion models "flux" and "sd3"; raises ValueError for another name."""
+        if variant == "flux":
+            return cls(-0.04, 1 / 1.8726, -0.2343, 1 / 3.0986)
+        if variant == "sd3":
+            return cls(0.1490, 1 / 1.8415, -0.2343, 1 / 3.0986)
+        raise ValueError(f"variant is {variant!r}: choose 'flux' or 'sd3'")
+
+    def normalize(self, z: Tensor) -> Tensor:
+        """Latents as the VAE makes them, to latents as the diffusion model takes them."""
+        first, rest = z[:, :, :1], z[:, :, 1:]
+        first = (first - self.first_shift) * self.first_scale
+        rest = (rest - self.rest_shift) * self.rest_scale
+        return torch.cat([first, rest], dim=2)
+
+    def denormalize(self, z: Tensor) -> Tensor:
+        """Latents as the diffusion model makes them, to latents as the VAE takes them."""
+        first, rest = z[:, :, :1], z[:, :, 1:]
+        first = first / self.first_scale + self.first_shift
+        rest = rest / self.rest_scale + self.rest_shift
+        return torch.cat([first, rest], dim=2)
