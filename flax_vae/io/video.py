@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import itertools
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from fractions import Fraction
@@ -71,12 +72,12 @@ def fit_size(height: int, width: int, multiple: int, size: int | Size | None = N
         raise ValueError(f"height={height}, width={width}, multiple={multiple}: expected 1 or more each")
     if size is not None and min((size,) if isinstance(size, int) else size) < multiple:
         raise ValueError(f"size={size}: too small, this model takes multiples of {multiple} pixels from {multiple} on")
-    if isinstance(size, tuple):
-        height, width = size
-    else:
+    if size is None or isinstance(size, int):
         short = min(height, width)
         scale = Fraction(size or max(short, multiple), short)
         height, width = round(height * scale), round(width * scale)
+    else:
+        height, width = size
     return height // multiple * multiple, width // multiple * multiple
 
 
@@ -257,9 +258,9 @@ def _stated_end(container, stream):
     """The second at which the stream ends by its header; None where the header is silent and FFmpeg only guesses."""
     if "mp4" in container.format.name and stream.duration:
         return ((stream.start_time or 0) + stream.duration) * _fraction(stream.time_base)
-    if "matroska" in container.format.name and "DURATION" in stream.metadata:
-        hours, minutes, seconds = stream.metadata["DURATION"].split(":")
-        return 3600 * int(hours) + 60 * int(minutes) + Fraction(seconds)
+    if "matroska" in container.format.name:
+        clock = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))
+        return clock and 3600 * int(clock[1]) + 60 * int(clock[2]) + Fraction(clock[3])
     if container.format.name == "avi" and stream.frames:
         return stream.frames / _rate(stream)
     return None

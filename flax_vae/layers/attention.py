@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jaxtyping import Array
 
-from flax_vae.layers.conv import Clip
+from flax_vae.layers.conv import Clip, add_bias
 from flax_vae.layers.norm import CausalGroupNorm
 
 
@@ -16,19 +17,24 @@ class Attention(nnx.Module):
     """
 
     def __init__(self, channels: int, num_groups: int = 32, *, rngs: nnx.Rngs):
-        def linear():
+        def projection():
             return nnx.Linear(channels, channels, kernel_init=nnx.initializers.normal(0.02), rngs=rngs)
 
         self.group_norm = CausalGroupNorm(num_groups, channels, rngs=rngs)
-        self.to_q, self.to_k, self.to_v = linear(), linear(), linear()
-        self.to_out = nnx.List([linear()])
+        self.to_q, self.to_k, self.to_v = projection(), projection(), projection()
+        self.to_out = nnx.List([projection()])
 
     def __call__(self, x: Clip) -> Clip:
         """Attends within every frame of (B, T, H, W, C); the shape stays."""
         pixels = rearrange(self.group_norm(x), "b t h w c -> b t (h w) c")
-        query, key, value = self.to_q(pixels), self.to_k(pixels), self.to_v(pixels)
+        query, key, value = (linear(layer, pixels) for layer in (self.to_q, self.to_k, self.to_v))
         wide = jnp.promote_types(x.dtype, jnp.float32)
         scores = jnp.einsum("btqc,btkc->btqk", query, key, preferred_element_type=wide) * x.shape[-1] ** -0.5
         weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-        attended = self.to_out[0](jnp.einsum("btqk,btkc->btqc", weights, value))
+        attended = linear(self.to_out[0], jnp.einsum("btqk,btkc->btqc", weights, value))
         return x + attended.reshape(x.shape)
+
+
+def linear(layer: nnx.Linear, x: Array) -> Array:
+    """Applies a linear layer as nnx does, but with the bias added in float32 or better."""
+    return add_bias(x @ layer.kernel[...], layer.bias[...])

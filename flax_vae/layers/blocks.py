@@ -21,7 +21,9 @@ def thread(layers: Iterable, x: Clip, carry=None):
     layers = list(layers)
     before = (None,) * len(layers) if carry is None else carry
     if len(before) != len(layers):
-        raise ValueError(f"a carry of {len(before)} entries cannot go through {len(layers)} layers: use the carry of the same model")
+        raise ValueError(
+            f"a carry of {len(before)} entries cannot go through {len(layers)} layers: use the carry of the same model"
+        )
     after = []
     for layer, entry in zip(layers, before, strict=True):
         x, entry = layer(x, entry)
@@ -55,7 +57,9 @@ class DownBlock(nnx.Module):
             in_channels, out_channels, num_layers, num_groups, dropout, output_scale_factor, rngs=rngs
         )
         self.downsamplers = nnx.List([SpatialDownsample(out_channels, rngs=rngs)] if spatial_downsample else [])
-        self.temporal_downsamplers = nnx.List([TemporalDownsample(out_channels, rngs=rngs)] if temporal_downsample else [])
+        self.temporal_downsamplers = nnx.List(
+            [TemporalDownsample(out_channels, rngs=rngs)] if temporal_downsample else []
+        )
 
     def __call__(self, x: Clip, carry=None):
         """Maps (B, T, H, W, in) to (B, T', H', W', out); returns it and the carry."""

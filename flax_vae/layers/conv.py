@@ -74,7 +74,7 @@ class Conv3d(nnx.Module):
             dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
             feature_group_count=self.groups,
         )
-        return y if self.bias is None else y + self.bias[...]
+        return y if self.bias is None else add_bias(y, self.bias[...])
 
 
 class CausalConv3d(nnx.Module):
@@ -128,7 +128,9 @@ class CausalConv3d(nnx.Module):
             y = self._padded(x, self.padding, self.pad_mode if x.shape[1] > before else "constant")
             return y, self._rest(x, y.shape[1] * self.conv.stride[0] - (self.span - 1))
         if self.pad_mode == "circular" and before:
-            raise ValueError("circular padding joins the end of a clip to its start: pass the whole clip, it cannot be streamed")
+            raise ValueError(
+                "circular padding joins the end of a clip to its start: pass the whole clip, it cannot be streamed"
+            )
         x = self._extended(carry, x)
         y = self._padded(x[:, self.span - 1 - before :], ((0, 0), *self.padding[1:]), self.pad_mode)
         return y, self._rest(x, y.shape[1] * self.conv.stride[0])
@@ -138,7 +140,9 @@ class CausalConv3d(nnx.Module):
             return self.conv.convolve(x, padding)
         for size, pad, axis in zip(x.shape[1:4], padding, ("frames", "rows", "columns"), strict=True):
             if mode != "replicate" and max(pad) and max(pad) >= size + (mode == "circular"):
-                raise ValueError(f"{mode} padding of {max(pad)} needs more than {size} {axis}: use a larger clip or another pad_mode")
+                raise ValueError(
+                    f"{mode} padding of {max(pad)} needs more than {size} {axis}: use a larger clip or another pad_mode"
+                )
         x = jnp.pad(x, ((0, 0), *padding, (0, 0)), mode=_NUMPY_PAD_MODE[mode])
         return self.conv.convolve(x, ((0, 0),) * 3)
 
@@ -147,7 +151,9 @@ class CausalConv3d(nnx.Module):
             return x
         shape = getattr(carry, "shape", ())
         if (shape[:1], shape[2:]) != (x.shape[:1], x.shape[2:]):
-            raise ValueError(f"a carry of shape {tuple(shape)} does not continue into a chunk of shape {x.shape}: use the carry of the same stream")
+            raise ValueError(
+                f"a carry of shape {tuple(shape)} does not continue into a chunk of shape {x.shape}: use the carry of the same stream"
+            )
         return jnp.concatenate([carry, x], axis=1)
 
     def _rest(self, x: Clip, start: int) -> Carry:
@@ -157,10 +163,18 @@ class CausalConv3d(nnx.Module):
         return jnp.pad(x[:, max(start, 0) :], ((0, 0), (max(-start, 0), 0), (0, 0), (0, 0), (0, 0)))
 
 
+def add_bias(y: Array, bias: Array) -> Array:
+    """Adds a bias to each channel in float32 or better, in which its gradient, a sum over all pixels, is then summed."""
+    wide = jnp.promote_types(y.dtype, jnp.float32)
+    return (y.astype(wide) + bias.astype(wide)).astype(y.dtype)
+
+
 def check_clip(x: Array, channels: int) -> None:
     """Raises ValueError unless `x` is B T H W C with this many channels, and pixels in every frame."""
     if x.ndim != 5 or x.shape[4] != channels or 0 in (x.shape[0], *x.shape[2:]):
-        raise ValueError(f"expected (batch, frames, height, width, {channels}) with at least one pixel, got {tuple(x.shape)}")
+        raise ValueError(
+            f"expected (batch, frames, height, width, {channels}) with at least one pixel, got {tuple(x.shape)}"
+        )
 
 
 def check_start(x: Array) -> None:

@@ -49,7 +49,9 @@ def lax_padding(torch_pad: Sequence[int], rank: int, order: Sequence[int] | None
       ValueError: the tuple is odd in length or longer than the array has axes, or `order` is no permutation.
     """
     if len(torch_pad) % 2 or len(torch_pad) > 2 * rank:
-        raise ValueError(f"expected (before, after) pairs for at most {rank} axes, got {len(torch_pad)} numbers: {tuple(torch_pad)}")
+        raise ValueError(
+            f"expected (before, after) pairs for at most {rank} axes, got {len(torch_pad)} numbers: {tuple(torch_pad)}"
+        )
     order = range(rank) if order is None else order
     if sorted(order) != list(range(rank)):
         raise ValueError(f"order must be a permutation of the {rank} axes, got {tuple(order)}")

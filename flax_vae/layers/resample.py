@@ -57,7 +57,9 @@ def window_counts(size: int, kernel: int, stride: int, padding: int, ceil_mode: 
     """
     room = size + 2 * padding - kernel
     if room < 0 and size:
-        raise ValueError(f"pooling windows of {kernel} need more than {size} elements with padding {padding}: use a larger input")
+        raise ValueError(
+            f"pooling windows of {kernel} need more than {size} elements with padding {padding}: use a larger input"
+        )
     windows = (room + (stride - 1 if ceil_mode else 0)) // stride + 1 if size else 0
     starts = np.arange(windows) * stride - padding
     starts = starts[starts < size + padding]

@@ -27,7 +27,9 @@ class CausalResnetBlock(nnx.Module):
         # Without dropout there is no random state to carry through jit, checkpoints and streams.
         self.dropout = nnx.Dropout(dropout, rngs=rngs if dropout else None)
         self.conv2 = CausalConv3d(out_channels, out_channels, 3, rngs=rngs)
-        self.conv_shortcut = CausalConv3d(in_channels, out_channels, 1, rngs=rngs) if in_channels != out_channels else None
+        self.conv_shortcut = (
+            CausalConv3d(in_channels, out_channels, 1, rngs=rngs) if in_channels != out_channels else None
+        )
         self.output_scale_factor = output_scale_factor
 
     def __call__(self, x: Clip, carry=None):

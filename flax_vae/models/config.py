@@ -164,10 +164,15 @@ def side_problems(config: VAEConfig, side: str) -> list[str]:
     counts = [values["in_channels"], values["out_channels"], groups, *values["block_out_channels"]]
     checks = {
         f"{side}: at most {MAX_BLOCKS} blocks, got {blocks}": blocks <= MAX_BLOCKS,
-        **{f"{side}_{key} must have {blocks} entries, one a block, got {len(v)}": len(v) == blocks for key, v in lists.items()},
+        **{
+            f"{side}_{key} must have {blocks} entries, one a block, got {len(v)}": len(v) == blocks
+            for key, v in lists.items()
+        },
         f"{side}_*_block_types must be {supported}, got {', '.join(sorted(set(types)))}": set(types) == {supported},
         f"{side}_act_fn must be 'silu', got {values['act_fn']!r}": values["act_fn"] in ("silu", "swish"),
-        f"{side} channels and norm groups must be 1 to {MAX_CHANNELS}, got {counts}": all(0 < n <= MAX_CHANNELS for n in counts),
+        f"{side} channels and norm groups must be 1 to {MAX_CHANNELS}, got {counts}": all(
+            0 < n <= MAX_CHANNELS for n in counts
+        ),
         f"{side}_layers_per_block must be 1 to {MAX_LAYERS}, got {values['layers_per_block']}": all(
             0 < n <= MAX_LAYERS for n in values["layers_per_block"]
         ),

@@ -36,13 +36,16 @@ class DiagonalGaussian:
         return self.mean
 
     def sample(self, key: PRNGKeyArray) -> Latents:
-        """Draws latents: mean + std * standard normal noise."""
-        return self.mean + self.std * jax.random.normal(key, self.mean.shape, self.mean.dtype)
+        """Draws latents: mean + std * standard normal noise; a key gives the same noise in every precision."""
+        noise = jax.random.normal(key, self.mean.shape, jnp.float32)
+        return self.mean + self.std * noise.astype(self.mean.dtype)
 
     def kl(self) -> Float[Array, ""]:
-        """Gives the divergence from the standard normal distribution, in nats.
+        """Gives the divergence from the standard normal distribution, in nats, as float32 or better.
 
         Summed over frames, rows and columns, averaged over batch and channels, as the public training does.
         """
-        terms = jnp.square(self.mean) + jnp.exp(self.logvar) - 1.0 - self.logvar
+        wide = jnp.promote_types(self.mean.dtype, jnp.float32)
+        mean, logvar = self.mean.astype(wide), self.logvar.astype(wide)
+        terms = jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar
         return 0.5 * jnp.sum(terms, axis=(1, 2, 3)).mean()

@@ -1,0 +1,77 @@
+"""The command line `flax-vae`: one module a command, and here how they are called and how they fail."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Union
+
+COMMANDS = ("info", "port", "encode", "decode", "reconstruct", "demo")
+EXTRAS = {"av": "video", "matplotlib": "video", "scikit-video": "video", "torch": "torch"}
+SUMMARY = """Causal video VAEs in JAX: port a torch checkpoint, encode video to latents, decode it, see what is lost.
+
+COMMAND --help explains each and shows an example. A good first one: flax-vae demo"""
+
+
+class CheckFailed(Exception):
+    """Results that should agree do not."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command in `args`, by default those of the process, and ends the process.
+
+    Exit codes: 0 done, 1 a check failed, 2 wrong usage or input, 130 interrupted. Anything else is a bug and shows
+    its traceback.
+    """
+    try:
+        run(list(sys.argv[1:] if args is None else args))
+    except KeyboardInterrupt:
+        fail("interrupted; nothing half-written is left", 130)
+    except CheckFailed as error:
+        fail(str(error), 1)
+    except ModuleNotFoundError as error:
+        fail(missing_package(error), 2)
+    except (ValueError, OSError, ImportError) as error:
+        fail(str(error), 2)
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        fail(f"out of memory; give a smaller --size ({str(error).splitlines()[0]})", 2)
+    sys.exit(0)
+
+
+def run(args: list[str]) -> None:
+    """Parses the arguments and calls the command; tyro itself exits for --help and for wrong usage."""
+    import tyro
+
+    if args and args[0] in COMMANDS:
+        command = load(args[0])
+        tyro.cli(command, prog=f"flax-vae {args[0]}", args=args[1:], description=inspect.getdoc(command))
+        return
+    entries = [Annotated[load(name), tyro.conf.subcommand(name, description=first_line(name))] for name in COMMANDS]
+    tyro.cli(Union[tuple(entries)], prog="flax-vae", args=args, description=SUMMARY)  # pyright: ignore
+
+
+def load(name: str) -> Callable[..., Any]:
+    """Gives the function that is the command of this name; it imports jax only when it is called."""
+    return getattr(importlib.import_module(f"flax_vae.cli.{name}"), name)
+
+
+def first_line(name: str) -> str:
+    return (load(name).__doc__ or "").splitlines()[0]
+
+
+def missing_package(error: ModuleNotFoundError) -> str:
+    """Says how to get a package that a command needs."""
+    name = (error.name or "").split(".")[0]
+    if name in ("parity", "torch_ref"):
+        return f"this command needs the folder {name}/ of the repository: run it from a clone of flax_vae"
+    wanted = f'"flax_vae[{EXTRAS[name]}]"' if name in EXTRAS else name or str(error)
+    return f"this command needs the package {name}: pip install {wanted}"
+
+
+def fail(message: str, code: int) -> None:
+    print(f"flax-vae: {message}", file=sys.stderr)
+    sys.exit(code)

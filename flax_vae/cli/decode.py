@@ -1,0 +1,51 @@
+"""`flax-vae decode`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+from tyro.conf import Positional, arg
+
+from flax_vae.cli.clip import CHUNK_LATENTS, check_target
+from flax_vae.cli.latents import load as load_latents
+from flax_vae.cli.model import config_hash, load, read_config
+from flax_vae.cli.options import Clip, Weights
+from flax_vae.cli.screen import note, progress
+
+In = Annotated[Path, Positional, arg(metavar="IN.safetensors", help="latents file that flax-vae encode has written")]
+
+
+def decode(latents: In, out: Clip, weights: Weights) -> None:
+    """Decodes latents to a clip, a chunk at a time; the means are decoded, nothing is sampled.
+
+    The checkpoint must be the one that encoded them; latents of a model with another config are refused.
+
+    Example:
+      flax-vae decode clip.safetensors clip_again.mp4 --weights my_vae
+    """
+    from flax_vae.io.video import SUFFIXES, VideoWriter, to_uint8
+
+    check_target(out, SUFFIXES, latents)
+    source, config = load_latents(latents), read_config(weights)
+    if source.config != (ours := config_hash(config)):
+        raise ValueError(
+            f"{latents} was encoded by a model with another config (hash {source.config}, that of {weights} is {ours}): "
+            "decode it with the checkpoint that encoded it"
+        )
+    shape = config.latent_shape(source.frames + (1 - source.frames) % config.temporal_factor, source.height, source.width)
+    if source.mean.shape != (1, *shape):
+        raise ValueError(f"{latents}: latents of shape {source.mean.shape}, expected {(1, *shape)}; encode the clip again")
+    writer = VideoWriter(out, source.fps, source.height, source.width)
+    vae = load(weights)
+
+    from flax_vae.runtime.stream import compiled, cut, stream
+
+    with progress("decoding", source.frames) as meter, writer:
+        chunks = (chunk[None] for chunk in cut(source.mean[0], CHUNK_LATENTS))
+        for video in stream(compiled(vae.decode_chunk), chunks):
+            frames = to_uint8(np.asarray(video[0]))[: source.frames - meter.frames]
+            writer.write(frames)
+            meter.done(len(frames))
+    note(f"wrote {out}: {meter.pace()}")

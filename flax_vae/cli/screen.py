@@ -1,0 +1,72 @@
+"""What a command shows: results on standard output; notes and progress on standard error."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+
+def note(message: str) -> None:
+    """Says what the command has decided or noticed."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def table(title: str, rows: Iterable[Sequence[object]], columns: Sequence[str] = ("", "")) -> None:
+    """Prints a table; numbers stand to the right."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = [list(row) for row in rows]
+    grid = Table(title=Text(title), title_justify="left", title_style="bold", show_header=any(columns))
+    for i, name in enumerate(columns):
+        numbers = all(isinstance(row[i], int | float) or row[i] == "" for row in rows)
+        grid.add_column(name, justify="right" if numbers and i else "left", overflow="fold")
+    for row in rows:
+        grid.add_row(*(Text(f"{cell:,}" if isinstance(cell, int) else str(cell)) for cell in row))
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console.print(grid)
+
+
+class Meter:
+    """Counts frames as they are done, chunk by chunk."""
+
+    def __init__(self, advance):
+        self._advance, self._marks = advance, [(time.perf_counter(), 0)]
+
+    def done(self, frames: int) -> None:
+        """Counts the frames of one more chunk."""
+        self._marks.append((time.perf_counter(), self._marks[-1][1] + frames))
+        self._advance(frames)
+
+    @property
+    def frames(self) -> int:
+        """Frames done so far."""
+        return self._marks[-1][1]
+
+    def pace(self) -> str:
+        """Says how long it took, and how fast it went after the first two chunks, which are compiled anew."""
+        start, settled, end = self._marks[0], self._marks[:3][-1], self._marks[-1]
+        total = f"{end[1]} frames in {end[0] - start[0]:.1f} s, compilation included"
+        if settled == end:
+            return total
+        return f"{(end[1] - settled[1]) / (end[0] - settled[0]):.2f} frames/s once compiled ({total})"
+
+
+@contextmanager
+def progress(task: str, frames: int | None) -> Iterator[Meter]:
+    """Shows a bar with frames, frames per second and the time left; `frames` is the expected number, if known."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Speed(ProgressColumn):
+        def render(self, task):
+            return Text(f"{task.speed:.2f} frames/s" if task.speed else "compiling")
+
+    words = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("frames"), Speed()
+    with Progress(*words, TextColumn("ETA"), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        shown = bar.add_task(task, total=frames)
+        yield Meter(lambda n: bar.advance(shown, n))

@@ -1,0 +1,114 @@
+"""How a reconstruction compares with its input: PSNR as a number, a contact sheet as a picture.
+
+T frames, H W pixels, always RGB.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from flax_vae.io.video import PathLike, replacing, to_uint8
+
+TIMES = "\N{MULTIPLICATION SIGN}"
+INK, FAINT = "#1a1a1a", "#767676"
+AREA, SPREAD = 36, 15  # what the pictures take: square inches, and inches of width at most
+GAP, MARGIN, LABEL = 0.06, 0.3, 1.2  # inches
+
+
+def psnr(a: ArrayLike, b: ArrayLike) -> float:
+    """Gives the peak signal-to-noise ratio in dB over all values, inf where they are equal.
+
+    10 log10(peak^2 / mean((a - b)^2)); the peak is 255 for uint8 and 2 for floats in [-1, 1], one and the same scale.
+    Raises ValueError unless both have one shape and are both uint8 or both float.
+    """
+    a, b = np.asarray(a), np.asarray(b)
+    if a.shape != b.shape or not a.size or _peak(a) != _peak(b):
+        raise ValueError(f"cannot compare {a.dtype} {a.shape} with {b.dtype} {b.shape}: give one shape and one dtype")
+    pairs = zip(a, b, strict=True) if a.ndim > 3 else [(a, b)]  # by frame, as a long clip in float64 may not fit
+    error = np.mean([np.mean(np.square(np.subtract(x, y, dtype=np.float64))) for x, y in pairs])
+    return float(10 * math.log10(_peak(a) ** 2 / error)) if error else math.inf
+
+
+def contact_sheet(
+    path: PathLike, inputs: ArrayLike, outputs: ArrayLike, title: str | None = None, columns: int = 6
+) -> None:
+    """Writes a PNG with up to `columns` frames, evenly chosen: input, reconstruction and their difference, with PSNR.
+
+    `inputs` and `outputs` are (T, H, W, 3), uint8 or floats in [-1, 1]. The difference is absolute, by channel, times
+    the factor that is printed. One or two upright frames stand side by side, the others in three rows.
+    """
+    if not str(path).lower().endswith(".png"):
+        raise ValueError(f"{path}: a contact sheet is a PNG; end the name in .png")
+    if columns < 1:
+        raise ValueError(f"columns={columns}: expected 1 or more")
+    a, b = (x if x.dtype == np.uint8 else to_uint8(x) for x in (np.asarray(inputs), np.asarray(outputs)))
+    if a.shape != b.shape or a.ndim != 4 or a.shape[-1] != 3 or not a.size:
+        raise ValueError(f"got frames {a.shape} and {b.shape}, expected (T, H, W, 3) twice")
+    frames, height, width, _ = a.shape
+    shown = np.linspace(0, frames - 1, min(columns, frames)).round().astype(int)
+    difference, factor = _amplified(a[shown], b[shown])
+    kinds = ["input", "reconstruction", f"difference {TIMES}{factor}"]
+    names = [f"frame {i}\n{_decibels(psnr(a[i], b[i]))}" for i in shown]
+    subtitle = f"{len(shown)} of {frames} frames, {width} {TIMES} {height}, PSNR {_decibels(psnr(a, b))} over all"
+    grid = np.stack([a[shown], b[shown], difference])
+    if len(shown) < 3 and len(shown) * width < 1.5 * height:
+        _draw(path, grid.swapaxes(0, 1), names, kinds, title, subtitle)
+    else:
+        _draw(path, grid, kinds, names, title, subtitle)
+
+
+def _draw(path, grid, row_names, column_names, title, subtitle):
+    """Places a grid of pictures (rows, columns, H, W, 3) by inches, so that any aspect ratio keeps its margins."""
+    from matplotlib.figure import Figure
+
+    rows, columns, height, width, _ = grid.shape
+    cell_width = min(math.sqrt(AREA / (rows * columns) * width / height), SPREAD / columns)
+    cell_height = cell_width * height / width
+    across, down = max(cell_width + GAP, 1), max(cell_height + GAP, 0.36)  # steps, with room for the names
+    page_width = max(MARGIN + LABEL + columns * across + MARGIN, 6)
+    heading = textwrap.wrap(title or "", int(9 * (page_width - 2 * MARGIN)))
+    top = MARGIN + 0.24 * len(heading) + 0.3 + 0.22 * (1 + column_names[0].count("\n"))
+    page_height = top + rows * down + MARGIN
+    figure = Figure(figsize=(page_width, page_height), dpi=150, facecolor="white")
+
+    def text(x, y, words, **style):
+        style = {"size": 9, "color": INK, "va": "top", "parse_math": False} | style  # a $ in a file name is a $
+        figure.text(x / page_width, 1 - y / page_height, words, **style)
+
+    text(MARGIN, MARGIN, "\n".join(heading), size=12, weight="bold")
+    text(MARGIN, MARGIN + 0.24 * len(heading), subtitle, color=FAINT)
+    for row in range(rows):
+        y = top + row * down
+        text(MARGIN, y + cell_height / 2, row_names[row], va="center")
+        for column in range(columns):
+            x = MARGIN + LABEL + column * across + (across - cell_width) / 2
+            if row == 0:
+                text(x + cell_width / 2, y - 0.06, column_names[column], ha="center", va="bottom")
+            size = cell_width / page_width, cell_height / page_height
+            axes = figure.add_axes((x / page_width, 1 - y / page_height - size[1], *size))
+            axes.imshow(grid[row, column], aspect="auto")
+            axes.set_axis_off()
+    with replacing(path) as part:
+        figure.savefig(part, format="png")
+
+
+def _amplified(a, b):
+    difference = np.abs(a.astype(np.int16) - b)
+    factor = next((f for f in (32, 16, 8, 4, 2) if f * np.quantile(difference, 0.995) <= 255), 1)
+    return np.minimum(difference * factor, 255).astype(np.uint8), factor
+
+
+def _peak(values):
+    if values.dtype == np.uint8:
+        return 255
+    if values.dtype.kind in "fV":  # V: bfloat16
+        return 2
+    raise ValueError(f"values are {values.dtype}, expected uint8 or floats in [-1, 1]")
+
+
+def _decibels(value):
+    return "\N{INFINITY} dB" if math.isinf(value) else f"{value:.2f} dB"

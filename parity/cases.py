@@ -1,0 +1,265 @@
+"""The table of everything that is compared: one row a layer, in every odd case.
+
+A row builds the same thing in both frameworks; shapes are those of the input, B T H W C.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import nnx
+
+import flax_vae
+import torch_ref
+from flax_vae.models.config import narrow
+
+LAYER_TOLERANCE, MODEL_TOLERANCE = 1e-12, 1e-10
+Outputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: how to build both sides, what to call, and how far float64 results may be apart (relative)."""
+
+    name: str
+    shape: tuple[int, int, int, int, int]
+    flax: Callable[[], Any]
+    torch: Callable[[], Any]
+    call_flax: Callable[[Any, jax.Array], Outputs]
+    call_torch: Callable[[Any, torch.Tensor], Outputs]
+    tolerance: float = LAYER_TOLERANCE
+    slow: bool = False
+    gradients: bool = True
+
+
+def layer(name: str, shape: tuple, class_name: str, *args, **kwargs) -> Case:
+    """A row for a layer class that both packages have under one name, with one signature."""
+    with_rngs = class_name != "AvgPool3d"  # it has no parameters
+    return Case(
+        name,
+        shape,
+        flax=lambda: getattr(flax_vae, class_name)(*args, **kwargs, **({"rngs": nnx.Rngs(0)} if with_rngs else {})),
+        torch=lambda: getattr(torch_ref, class_name)(*args, **kwargs),
+        call_flax=lambda module, x: {"y": only_output(module(x))},
+        call_torch=lambda module, x: {"y": module(x)},
+    )
+
+
+def only_output(result):
+    """Drops the carry of layers that return one."""
+    return result[0] if isinstance(result, tuple) else result
+
+
+def function(name: str, shape: tuple, call_flax: Callable, call_torch: Callable) -> Case:
+    """A row for functions, which have no parameters; `call_*` map an array to an output, or outputs by name."""
+
+    def named(call):
+        return lambda _, x: result if isinstance(result := call(x), dict) else {"y": result}
+
+    return Case(
+        name, shape, flax=lambda: None, torch=lambda: None, call_flax=named(call_flax), call_torch=named(call_torch)
+    )
+
+
+def padding(numbers: tuple[int, ...]) -> Case:
+    """A row for a padding tuple of torch, last axis of B C T H W first, on our axis order."""
+    return function(
+        f"pad-{len(numbers)}-numbers" + "-negative" * (min(numbers, default=0) < 0),
+        (2, 3, 5, 4, 6),
+        lambda x: jax.lax.pad(x, jnp.zeros((), x.dtype), flax_vae.lax_padding(numbers, 5, order=(0, 2, 3, 4, 1))),
+        lambda x: torch.nn.functional.pad(x, numbers),
+    )
+
+
+def convolution(name: str, *args, shape=(2, 5, 7, 6, 6), **kwargs) -> Case:
+    """A row for the plain convolution, 6 -> 10 channels."""
+    return layer(f"conv-{name}", shape, "Conv3d", 6, 10, *args, **kwargs)
+
+
+def causal(name: str, *args, shape=(2, 5, 7, 6, 6), **kwargs) -> Case:
+    """A row for the causal convolution, 6 -> 10 channels."""
+    return layer(f"causal-{name}", shape, "CausalConv3d", 6, 10, *args, **kwargs)
+
+
+def posterior_flax(moments) -> Outputs:
+    posterior = flax_vae.DiagonalGaussian.from_moments(4 * moments)
+    sample = posterior.sample(jax.random.key(7))
+    return {
+        "mean": posterior.mode(),
+        "logvar": posterior.logvar,
+        "std": posterior.std,
+        "sample": sample,
+        "kl": posterior.kl(),
+    }
+
+
+def posterior_torch(moments) -> Outputs:
+    posterior = torch_ref.DiagonalGaussian(4 * moments)
+    b, c, t, h, w = posterior.mean.shape
+    noise = torch.from_numpy(np.array(jax.random.normal(jax.random.key(7), (b, t, h, w, c), jnp.float32)))
+    sample = posterior.sample(noise.permute(0, 4, 1, 2, 3).to(moments))
+    return {
+        "mean": posterior.mode(),
+        "logvar": posterior.logvar,
+        "std": posterior.std,
+        "sample": sample,
+        "kl": posterior.kl(),
+    }
+
+
+def scaling(variant: str, method: str) -> Case:
+    """A row for the latent statistics of a released variant, in one direction."""
+    return function(
+        f"scaling-{variant}-{method}",
+        (2, 3, 4, 5, 16),
+        getattr(flax_vae.LatentScaling.released(variant), method),
+        getattr(torch_ref.LatentScaling.released(variant), method),
+    )
+
+
+def part(name: str, class_name: str, config: flax_vae.VAEConfig, shape: tuple) -> Case:
+    """A row for the encoder or the decoder of a config."""
+    return replace(
+        layer(name, shape, class_name, None),
+        flax=lambda: getattr(flax_vae, class_name)(config, rngs=nnx.Rngs(0)),
+        torch=lambda: getattr(torch_ref, class_name)(torch_ref.VAEConfig.from_dict(config.to_dict())),
+        tolerance=MODEL_TOLERANCE,
+    )
+
+
+def whole(name: str, config: flax_vae.VAEConfig, shape: tuple, **kwargs) -> Case:
+    """A row for the whole VAE: the posterior of a clip, and the clip decoded from its mode."""
+
+    def call(vae, x):
+        posterior = vae.encode(x)
+        return {"mean": posterior.mean, "logvar": posterior.logvar, "video": vae.decode(posterior.mode())}
+
+    return Case(
+        name,
+        shape,
+        flax=lambda: flax_vae.CausalVideoVAE(config, rngs=nnx.Rngs(0)),
+        torch=lambda: torch_ref.CausalVideoVAE.from_config(config.to_dict()),
+        call_flax=call,
+        call_torch=call,
+        tolerance=MODEL_TOLERANCE,
+        **kwargs,
+    )
+
+
+NARROW = narrow((8, 16, 24, 16), groups=4, encoder_layers=1, decoder_layers=2)
+SHALLOW = flax_vae.VAEConfig(
+    encoder_out_channels=3, decoder_in_channels=3, encoder_norm_num_groups=3, decoder_norm_num_groups=5,
+    encoder_block_out_channels=(6, 9), decoder_block_out_channels=(5, 15),
+    encoder_layers_per_block=(1, 2), decoder_layers_per_block=(2, 1),
+    encoder_down_block_types=("DownEncoderBlockCausal3D",) * 2, decoder_up_block_types=("UpDecoderBlockCausal3D",) * 2,
+    encoder_spatial_down_sample=(True, False), decoder_spatial_up_sample=(False, True),
+    encoder_temporal_down_sample=(False, True), decoder_temporal_up_sample=(False, True),
+    encoder_block_dropout=(0.0,) * 2, decoder_block_dropout=(0.0,) * 2,
+)  # fmt: skip
+UNEVEN = flax_vae.VAEConfig(
+    encoder_out_channels=5, decoder_in_channels=5, encoder_norm_num_groups=4, decoder_norm_num_groups=3,
+    encoder_block_out_channels=(8, 12, 20), decoder_block_out_channels=(6, 9, 12, 18),
+    encoder_layers_per_block=(2, 1, 1), decoder_layers_per_block=(1, 2, 1, 1),
+    encoder_down_block_types=("DownEncoderBlockCausal3D",) * 3, decoder_up_block_types=("UpDecoderBlockCausal3D",) * 4,
+    encoder_spatial_down_sample=(True, False, True), decoder_spatial_up_sample=(False, True, False, True),
+    encoder_temporal_down_sample=(False, True, False), decoder_temporal_up_sample=(False, False, True, False),
+    encoder_block_dropout=(0.0,) * 3, decoder_block_dropout=(0.0,) * 4,
+)  # fmt: skip
+
+PATTERN = (1, 2, 4, 4)  # widths of the released model's blocks, as multiples of the first
+WIDTH = 8
+
+CASES = [
+    layer("avgpool-2", (2, 4, 6, 8, 5), "AvgPool3d", 2),
+    layer("avgpool-1x2x2-odd-size", (2, 3, 5, 7, 5), "AvgPool3d", (1, 2, 2)),
+    layer("avgpool-3-stride-2-padding-1", (1, 5, 7, 6, 3), "AvgPool3d", 3, 2, 1),
+    layer("avgpool-3-stride-2-padding-1-not-counted", (1, 5, 7, 6, 3), "AvgPool3d", 3, 2, 1, count_include_pad=False),
+    layer("avgpool-3-stride-2-ceil", (2, 6, 6, 4, 3), "AvgPool3d", 3, 2, ceil_mode=True),
+    layer("avgpool-3-stride-2-padding-1-ceil", (1, 6, 5, 8, 3), "AvgPool3d", 3, 2, 1, ceil_mode=True),
+    layer("avgpool-2x3x4-stride-3x1x2-ceil-not-counted", (1, 7, 6, 9, 3), "AvgPool3d", (2, 3, 4), (3, 1, 2), (1, 1, 2), True, False),
+    padding(()),
+    padding((1, 2)),
+    padding((1, 2, 0, 3)),
+    padding((1, 1, 2, 0, 2, 0)),
+    padding((0, 1, 1, 2, 2, 0, 3, 1)),
+    padding((0, 1, 1, 2, 2, 0, 3, 1, 1, 0)),
+    padding((-1, 2, 1, -2, 3, -1)),
+    convolution("3x3x3", 3),
+    convolution("3x3x3-padding-1", 3, padding=1),
+    convolution("1x1x1", 1),
+    convolution("1x1x1-padding-1", 1, padding=1),
+    convolution("3x3x3-stride-2", 3, 2),
+    convolution("3x3x3-stride-2-padding-1", 3, 2, 1),
+    convolution("3x3x3-stride-1x2x2-padding-1", 3, (1, 2, 2), 1),
+    convolution("3x3x3-stride-2x1x1-padding-1", 3, (2, 1, 1), 1),
+    convolution("1x1x1-stride-2", 1, 2),
+    convolution("2x3x1-dilation-1x2x3", (2, 3, 1), dilation=(1, 2, 3), padding=(0, 2, 0)),
+    causal("3x3x3", 3),
+    causal("1x1x1", 1),
+    causal("1x3x3", (1, 3, 3)),
+    causal("3x1x1", (3, 1, 1)),
+    causal("2x5x3", (2, 5, 3)),
+    causal("stride-1x2x2", 3, (1, 2, 2)),
+    causal("stride-2x1x1", 3, (2, 1, 1)),
+    causal("stride-2", 3, 2),
+    causal("stride-longer-than-kernel", (2, 3, 3), (3, 2, 1), shape=(2, 8, 6, 5, 6)),
+    causal("dilation-2", 3, dilation=2, shape=(2, 7, 7, 9, 6)),
+    causal("dilation-2-in-time-stride-2", 3, 2, dilation=(2, 1, 1), shape=(2, 7, 5, 6, 6)),
+    causal("groups-2", 3, groups=2),
+    causal("no-bias", 3, bias=False),
+    causal("replicate", 3, pad_mode="replicate"),
+    causal("reflect", 3, pad_mode="reflect"),
+    causal("circular", 3, pad_mode="circular"),
+    causal("reflect-5x5x5-stride-2", 5, (2, 2, 2), pad_mode="reflect", shape=(1, 6, 7, 9, 6)),
+    causal("replicate-clip-too-short", 3, pad_mode="replicate", shape=(2, 2, 5, 6, 6)),
+    causal("one-frame", 3, shape=(3, 1, 5, 4, 6)),
+    causal("clip-shorter-than-kernel", (5, 3, 3), shape=(2, 2, 3, 4, 6)),
+    causal("one-pixel", 3, shape=(1, 3, 1, 1, 6)),
+    layer("causal-3-channels-in", (2, 3, 9, 8, 3), "CausalConv3d", 3, 13, 3),
+    layer("causal-3-channels-out", (2, 3, 9, 8, 13), "CausalConv3d", 13, 3, 3),
+    layer("norm-4-groups", (3, 3, 5, 7, 12), "CausalGroupNorm", 4, 12),
+    layer("norm-1-group", (1, 2, 3, 4, 5), "CausalGroupNorm", 1, 5),
+    layer("norm-group-a-channel", (1, 2, 5, 3, 6), "CausalGroupNorm", 6, 6),
+    layer("norm-eps-0.1", (1, 2, 5, 3, 6), "CausalGroupNorm", 2, 6, 0.1),
+    layer("attention", (2, 3, 5, 4, 12), "Attention", 12, 4),
+    layer("attention-one-pixel", (1, 2, 1, 1, 12), "Attention", 12, 4),
+    layer("attention-wide", (1, 2, 6, 7, 20), "Attention", 20, 5),
+    layer("resnet", (2, 3, 5, 6, 8), "CausalResnetBlock", 8, None, 4),
+    layer("resnet-shortcut", (2, 3, 5, 6, 8), "CausalResnetBlock", 8, 12, 4),
+    layer("resnet-output-scale", (1, 4, 6, 5, 8), "CausalResnetBlock", 8, 12, 4, output_scale_factor=1.7),
+    layer("resnet-one-frame", (3, 1, 4, 5, 8), "CausalResnetBlock", 8, 4, 2),
+    layer("spatial-down", (2, 3, 7, 6, 6), "SpatialDownsample", 6),
+    layer("spatial-down-8-channels", (2, 3, 6, 5, 6), "SpatialDownsample", 6, 8),
+    layer("spatial-down-pooled", (2, 3, 7, 6, 6), "SpatialDownsample", 6, use_conv=False),
+    layer("temporal-down", (2, 5, 4, 5, 6), "TemporalDownsample", 6),
+    layer("temporal-down-even-frames", (2, 4, 4, 5, 6), "TemporalDownsample", 6, 8),
+    layer("temporal-down-pooled", (2, 5, 4, 5, 6), "TemporalDownsample", 6, use_conv=False),
+    layer("temporal-down-pooled-one-frame", (2, 1, 4, 5, 6), "TemporalDownsample", 6, use_conv=False),
+    layer("spatial-up", (2, 3, 4, 5, 6), "SpatialUpsample", 6),
+    layer("spatial-up-5-channels", (2, 3, 3, 4, 6), "SpatialUpsample", 6, 5),
+    layer("temporal-up", (2, 3, 4, 5, 6), "TemporalUpsample", 6),
+    layer("temporal-up-one-frame-5-channels", (2, 1, 4, 5, 6), "TemporalUpsample", 6, 5),
+    *(
+        layer(f"down-block-{a}x-to-{b}x", (1, 5, 6, 5, a * WIDTH), "DownBlock", a * WIDTH, b * WIDTH, 2, 4, temporal_downsample=True)
+        for a, b in zip(PATTERN[:1] + PATTERN[:-1], PATTERN, strict=True)
+    ),
+    layer("down-block-plain", (1, 3, 4, 5, 8), "DownBlock", 8, 12, 1, 4, spatial_downsample=False),
+    layer("mid-block", (2, 3, 4, 5, 4 * WIDTH), "MidBlock", 4 * WIDTH, 8),
+    *(
+        layer(f"up-block-{a}x-to-{b}x", (1, 2, 4, 3, a * WIDTH), "UpBlock", a * WIDTH, b * WIDTH, 2, 4, temporal_upsample=True)
+        for a, b in zip(PATTERN[-1:] + PATTERN[:0:-1], PATTERN[::-1], strict=True)
+    ),
+    layer("up-block-plain", (1, 3, 4, 5, 8), "UpBlock", 8, 12, 1, 4, spatial_upsample=False),
+    part("encoder", "Encoder", NARROW, (1, 9, 17, 16, 3)),
+    part("decoder", "Decoder", NARROW, (1, 2, 3, 2, 16)),
+    function("posterior", (2, 2, 4, 3, 12), posterior_flax, posterior_torch),
+    *(scaling(variant, method) for variant in ("flux", "sd3") for method in ("normalize", "denormalize")),
+    whole("vae-narrow", NARROW, (1, 9, 16, 24, 3)),
+    whole("vae-shallow", SHALLOW, (2, 5, 7, 6, 3)),
+    whole("vae-uneven", UNEVEN, (1, 5, 9, 11, 3)),
+    whole("vae-full-335M", flax_vae.VAEConfig.full(), (1, 9, 32, 32, 3), slow=True, gradients=False),
+]  # fmt: skip

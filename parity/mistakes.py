@@ -1,0 +1,183 @@
+"""Mistakes that ports of a causal video VAE make, each as what the layer would then compute, in torch.
+
+They serve twice: a check that does not notice them proves nothing, and when a layer departs from its reference, the
+mistake that reproduces its output names the cause. Shapes: B C T H W.
+"""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torch_ref.layers.attention import Attention
+from torch_ref.layers.conv import CausalConv3d
+from torch_ref.layers.norm import CausalGroupNorm
+from torch_ref.layers.resample import SpatialUpsample, TemporalUpsample
+from torch_ref.layers.resnet import CausalResnetBlock
+from torch_ref.models.posterior import DiagonalGaussian
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """What is done wrong, in which layer (where more than one), and what the layer then computes."""
+
+    cause: str
+    layer: type
+    forward: Callable[..., Tensor]
+
+
+def convolve(layer: CausalConv3d, x: Tensor, *, time: tuple[int, int] | None = None, **changes) -> Tensor:
+    """Runs a causal convolution with another time padding, weight, stride or input."""
+    causal, height, width = layer.padding
+    settings = {"weight": layer.conv.weight, "stride": layer.conv.stride} | changes
+    x = F.pad(x, (*width, *height, *(time or causal)))
+    return F.conv3d(x, bias=layer.conv.bias, dilation=layer.conv.dilation, groups=layer.conv.groups, **settings)
+
+
+def symmetric(layer: CausalConv3d, x: Tensor) -> Tensor:
+    before = layer.padding[0][0]
+    return convolve(layer, x, time=(before - before // 2, before // 2))
+
+
+def anticausal(layer: CausalConv3d, x: Tensor) -> Tensor:
+    return convolve(layer, x, time=(0, layer.padding[0][0]))
+
+
+def repeated_first_frame(layer: CausalConv3d, x: Tensor) -> Tensor:
+    before = layer.padding[0][0]
+    return convolve(layer, torch.cat([x[:, :, :1]] * before + [x], dim=2), time=(0, 0))
+
+
+def asymmetric_space(layer: CausalConv3d, x: Tensor) -> Tensor:
+    time, height, width = layer.padding
+    x = F.pad(x, (0, sum(width), 0, sum(height), *time))
+    return F.conv3d(x, layer.conv.weight, layer.conv.bias, layer.conv.stride, 0, layer.conv.dilation, layer.conv.groups)
+
+
+def norm(layer: CausalGroupNorm, x: Tensor, eps: float) -> Tensor:
+    frames = x.transpose(1, 2).flatten(0, 1)
+    y = F.group_norm(frames, layer.num_groups, layer.weight, layer.bias, eps)
+    return y.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+
+
+def norm_over_time(layer: CausalGroupNorm, x: Tensor) -> Tensor:
+    return F.group_norm(x, layer.num_groups, layer.weight, layer.bias, layer.eps)
+
+
+def interleaved_groups(layer: CausalGroupNorm, x: Tensor) -> Tensor:
+    """Takes channel c to be in group c % groups, where it is in c // (channels / groups)."""
+    order = torch.arange(x.shape[1]).unflatten(0, (-1, layer.num_groups)).T.flatten()
+    frames = x[:, order].transpose(1, 2).flatten(0, 1)
+    y = F.group_norm(frames, layer.num_groups, eps=layer.eps).unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+    shape = (1, -1, 1, 1, 1)
+    return y[:, order.argsort()] * layer.weight.view(shape) + layer.bias.view(shape)
+
+
+def attend(layer: Attention, x: Tensor, scale: float, across_frames: bool = False) -> Tensor:
+    b, c, t, h, w = x.shape
+    pixels = layer.group_norm(x).permute(0, 2, 3, 4, 1).reshape(*((b, -1) if across_frames else (b * t, h * w)), c)
+    weights = (layer.to_q(pixels) @ layer.to_k(pixels).transpose(1, 2) * scale).softmax(-1)
+    return layer.to_out[0](weights @ layer.to_v(pixels)).reshape(b, t, h, w, c).permute(0, 4, 1, 2, 3)
+
+
+def spatial_shuffle(layer: SpatialUpsample, x: Tensor, split: tuple[int, ...], order: tuple[int, ...]) -> Tensor:
+    y = layer.conv(x)
+    b, _, t, h, w = y.shape
+    return y.unflatten(1, split).permute(order).reshape(b, -1, t, 2 * h, 2 * w)
+
+
+def temporal_shuffle(layer: TemporalUpsample, x: Tensor, kept: slice, frame_first: bool = False) -> Tensor:
+    y = layer.conv(x)
+    b, _, t, h, w = y.shape
+    y = y.unflatten(1, (2, -1)).transpose(1, 2) if frame_first else y.unflatten(1, (-1, 2))
+    return y.transpose(2, 3).reshape(b, -1, 2 * t, h, w)[:, :, kept]
+
+
+def residual(layer: CausalResnetBlock, x: Tensor) -> Tensor:
+    """Gives what the block adds to its shortcut."""
+    return layer.conv2(F.silu(layer.norm2(layer.conv1(F.silu(layer.norm1(x))))))
+
+
+def no_clamp(layer: DiagonalGaussian, moments: Tensor) -> None:
+    layer.mean, layer.logvar = moments.chunk(2, dim=1)
+    layer.std = (0.5 * layer.logvar).exp()
+
+
+def low_precision(layer: CausalConv3d, x: Tensor) -> Tensor:
+    """Rounds weights and inputs to bfloat16, as the default matmul precision of TPUs does."""
+    return convolve(layer, x.bfloat16().to(x), weight=layer.conv.weight.bfloat16().to(x))
+
+
+MISTAKES = [
+    Mistake("time is padded on both sides: all of it belongs in front", CausalConv3d, symmetric),
+    Mistake("time is padded behind: it belongs in front", CausalConv3d, anticausal),
+    Mistake("time is padded with the first frame: zeros belong there", CausalConv3d, repeated_first_frame),
+    Mistake(
+        "height and width are padded at their end only: k // 2 belongs on each side", CausalConv3d, asymmetric_space
+    ),
+    Mistake(
+        "the kernel's height and width are swapped",
+        CausalConv3d,
+        lambda m, x: convolve(m, x, weight=m.conv.weight.transpose(3, 4)),
+    ),
+    Mistake(
+        "the kernel's time axis is reversed", CausalConv3d, lambda m, x: convolve(m, x, weight=m.conv.weight.flip(2))
+    ),
+    Mistake(
+        "the stride's axes are in the wrong order",
+        CausalConv3d,
+        lambda m, x: convolve(m, x, stride=m.conv.stride[::-1]),
+    ),
+    Mistake("the norm's eps is 1e-5 instead of 1e-6", CausalGroupNorm, lambda m, x: norm(m, x, 1e-5)),
+    Mistake("the norm's statistics span all frames: they belong to one frame each", CausalGroupNorm, norm_over_time),
+    Mistake("the norm's groups take every n-th channel: they take neighbours", CausalGroupNorm, interleaved_groups),
+    Mistake(
+        "the attention's input is not added to its output", Attention, lambda m, x: attend(m, x, x.shape[1] ** -0.5)
+    ),
+    Mistake("the attention's scale C ** -0.5 is missing", Attention, lambda m, x: x + attend(m, x, 1.0)),
+    Mistake(
+        "attention spans all frames: it belongs within each",
+        Attention,
+        lambda m, x: x + attend(m, x, x.shape[1] ** -0.5, True),
+    ),
+    Mistake("the shortcut is missing", CausalResnetBlock, residual),
+    Mistake(
+        "the pixel shuffle swaps row and column",
+        SpatialUpsample,
+        lambda m, x: spatial_shuffle(m, x, (-1, 2, 2), (0, 1, 4, 5, 3, 6, 2)),
+    ),
+    Mistake(
+        "the pixel shuffle takes the row and column from the slow end of the channels",
+        SpatialUpsample,
+        lambda m, x: spatial_shuffle(m, x, (2, 2, -1), (0, 3, 4, 5, 1, 6, 2)),
+    ),
+    Mistake(
+        "the first frame of the stream is not dropped",
+        TemporalUpsample,
+        lambda m, x: temporal_shuffle(m, x, slice(None)),
+    ),
+    Mistake(
+        "the last frame is dropped instead of the first",
+        TemporalUpsample,
+        lambda m, x: temporal_shuffle(m, x, slice(0, -1)),
+    ),
+    Mistake(
+        "the time shuffle takes the frame from the slow end of the channels",
+        TemporalUpsample,
+        lambda m, x: temporal_shuffle(m, x, slice(1, None), frame_first=True),
+    ),
+    Mistake("inputs are rounded to bfloat16: ask for the highest matmul precision", CausalConv3d, low_precision),
+]
+UNCLAMPED = Mistake("logvar is not clamped", DiagonalGaussian, no_clamp)
+
+
+@contextmanager
+def made(mistake: Mistake):
+    """Lets torch_ref make the mistake, everywhere, for a while."""
+    method = "forward" if issubclass(mistake.layer, nn.Module) else "__init__"
+    with mock.patch.object(mistake.layer, method, mistake.forward):
+        yield

@@ -1,0 +1,37 @@
+"""Every row of the table: the same function in float64, and no worse than torch in float32 and bfloat16."""
+
+import pytest
+
+pytest.importorskip("torch", reason="parity compares with torch")
+
+from parity import compare
+from parity.cases import CASES, Case
+
+ROWS = [pytest.param(case, id=case.name, marks=[pytest.mark.slow] * case.slow) for case in CASES]
+
+
+def record(record_property, case: Case, dtype: str, ours, torchs=None) -> None:
+    """Puts a row's errors into the ledger."""
+    for part, error in ours.items():
+        against = {"torch": torchs[part].row(), "ratio": compare.ratio(error, torchs[part])} if torchs else {}
+        record_property("parity", {"case": case.name, "dtype": dtype, "part": part, **error.row(), **against})
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_same_function_in_float64(case: Case, record_property, request):
+    if request.config.getoption("device") == "tpu":
+        pytest.skip("TPUs have no float64 convolutions")
+    x, weights, expected = compare.truth(case, "float32")
+    ours = compare.measure(compare.run_flax(case, x, weights, "float64"), expected, "float64")
+    record(record_property, case, "float64", ours)
+    compare.check_same_function(ours, case.tolerance)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", ROWS)
+def test_no_worse_than_torch(case: Case, dtype: str, record_property, torch_device):
+    x, weights, expected = compare.truth(case, dtype)
+    ours = compare.measure(compare.run_flax(case, x, weights, dtype), expected, dtype)
+    torchs = compare.measure(compare.run_torch(case, x, weights, dtype, torch_device), expected, dtype)
+    record(record_property, case, dtype, ours, torchs)
+    compare.check_no_worse(ours, torchs)
