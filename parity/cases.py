@@ -34,6 +34,7 @@ class Case:
     tolerance: float = LAYER_TOLERANCE
     slow: bool = False
     gradients: bool = True
+    draws: int = 3
 
 
 def layer(name: str, shape: tuple, class_name: str, *args, **kwargs) -> Case:
@@ -86,7 +87,7 @@ def causal(name: str, *args, shape=(2, 5, 7, 6, 6), **kwargs) -> Case:
 
 
 def posterior_flax(moments) -> Outputs:
-    posterior = flax_vae.DiagonalGaussian.from_moments(4 * moments)
+    posterior = flax_vae.DiagonalGaussian.from_moments(12 * moments)
     sample = posterior.sample(jax.random.key(7))
     return {
         "mean": posterior.mode(),
@@ -98,7 +99,7 @@ def posterior_flax(moments) -> Outputs:
 
 
 def posterior_torch(moments) -> Outputs:
-    posterior = torch_ref.DiagonalGaussian(4 * moments)
+    posterior = torch_ref.DiagonalGaussian(12 * moments)
     b, c, t, h, w = posterior.mean.shape
     noise = torch.from_numpy(np.array(jax.random.normal(jax.random.key(7), (b, t, h, w, c), jnp.float32)))
     sample = posterior.sample(noise.permute(0, 4, 1, 2, 3).to(moments))
@@ -150,6 +151,17 @@ def whole(name: str, config: flax_vae.VAEConfig, shape: tuple, **kwargs) -> Case
     )
 
 
+# The first and the second width of every down block of the released model, and of every up block, as multiples.
+DOWN_STEPS, UP_STEPS = ((1, 1), (1, 2), (2, 4), (4, 4)), ((4, 4), (4, 4), (4, 2), (2, 1))
+
+
+def block(kind: str, index: int, steps: tuple, shape: tuple, width: int = 8) -> Case:
+    """A row for one of the released model's down or up blocks, with two residual blocks and both resamplers."""
+    before, after = (width * times for times in steps[index])
+    name, temporal = f"{kind}-block-{index}", {f"temporal_{kind}sample": True}
+    return layer(name, (*shape, before), f"{kind.title()}Block", before, after, 2, 4, **temporal)
+
+
 NARROW = narrow((8, 16, 24, 16), groups=4, encoder_layers=1, decoder_layers=2)
 SHALLOW = flax_vae.VAEConfig(
     encoder_out_channels=3, decoder_in_channels=3, encoder_norm_num_groups=3, decoder_norm_num_groups=5,
@@ -170,8 +182,6 @@ UNEVEN = flax_vae.VAEConfig(
     encoder_block_dropout=(0.0,) * 3, decoder_block_dropout=(0.0,) * 4,
 )  # fmt: skip
 
-PATTERN = (1, 2, 4, 4)  # widths of the released model's blocks, as multiples of the first
-WIDTH = 8
 
 CASES = [
     layer("avgpool-2", (2, 4, 6, 8, 5), "AvgPool3d", 2),
@@ -180,7 +190,7 @@ CASES = [
     layer("avgpool-3-stride-2-padding-1-not-counted", (1, 5, 7, 6, 3), "AvgPool3d", 3, 2, 1, count_include_pad=False),
     layer("avgpool-3-stride-2-ceil", (2, 6, 6, 4, 3), "AvgPool3d", 3, 2, ceil_mode=True),
     layer("avgpool-3-stride-2-padding-1-ceil", (1, 6, 5, 8, 3), "AvgPool3d", 3, 2, 1, ceil_mode=True),
-    layer("avgpool-2x3x4-stride-3x1x2-ceil-not-counted", (1, 7, 6, 9, 3), "AvgPool3d", (2, 3, 4), (3, 1, 2), (1, 1, 2), True, False),
+    layer("avgpool-uneven-ceil", (1, 7, 6, 9, 3), "AvgPool3d", (2, 3, 4), (3, 1, 2), (1, 1, 2), True, False),
     padding(()),
     padding((1, 2)),
     padding((1, 2, 0, 3)),
@@ -243,23 +253,17 @@ CASES = [
     layer("spatial-up-5-channels", (2, 3, 3, 4, 6), "SpatialUpsample", 6, 5),
     layer("temporal-up", (2, 3, 4, 5, 6), "TemporalUpsample", 6),
     layer("temporal-up-one-frame-5-channels", (2, 1, 4, 5, 6), "TemporalUpsample", 6, 5),
-    *(
-        layer(f"down-block-{a}x-to-{b}x", (1, 5, 6, 5, a * WIDTH), "DownBlock", a * WIDTH, b * WIDTH, 2, 4, temporal_downsample=True)
-        for a, b in zip(PATTERN[:1] + PATTERN[:-1], PATTERN, strict=True)
-    ),
+    *(block("down", index, DOWN_STEPS, (1, 5, 6, 5)) for index in range(4)),
     layer("down-block-plain", (1, 3, 4, 5, 8), "DownBlock", 8, 12, 1, 4, spatial_downsample=False),
-    layer("mid-block", (2, 3, 4, 5, 4 * WIDTH), "MidBlock", 4 * WIDTH, 8),
-    *(
-        layer(f"up-block-{a}x-to-{b}x", (1, 2, 4, 3, a * WIDTH), "UpBlock", a * WIDTH, b * WIDTH, 2, 4, temporal_upsample=True)
-        for a, b in zip(PATTERN[-1:] + PATTERN[:0:-1], PATTERN[::-1], strict=True)
-    ),
+    layer("mid-block", (2, 3, 4, 5, 32), "MidBlock", 32, 8),
+    *(block("up", index, UP_STEPS, (1, 2, 4, 3)) for index in range(4)),
     layer("up-block-plain", (1, 3, 4, 5, 8), "UpBlock", 8, 12, 1, 4, spatial_upsample=False),
-    part("encoder", "Encoder", NARROW, (1, 9, 17, 16, 3)),
+    part("encoder", "Encoder", NARROW, (1, 9, 9, 16, 3)),
     part("decoder", "Decoder", NARROW, (1, 2, 3, 2, 16)),
     function("posterior", (2, 2, 4, 3, 12), posterior_flax, posterior_torch),
     *(scaling(variant, method) for variant in ("flux", "sd3") for method in ("normalize", "denormalize")),
-    whole("vae-narrow", NARROW, (1, 9, 16, 24, 3)),
+    whole("vae-narrow", NARROW, (1, 9, 16, 8, 3)),
     whole("vae-shallow", SHALLOW, (2, 5, 7, 6, 3)),
     whole("vae-uneven", UNEVEN, (1, 5, 9, 11, 3)),
-    whole("vae-full-335M", flax_vae.VAEConfig.full(), (1, 9, 32, 32, 3), slow=True, gradients=False),
+    whole("vae-full-335M", flax_vae.VAEConfig.full(), (1, 9, 32, 32, 3), slow=True, gradients=False, draws=1),
 ]  # fmt: skip

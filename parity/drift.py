@@ -60,7 +60,7 @@ def layer_at(model: nnx.Module, path: str):
 
 
 def difference(ours: np.ndarray, torchs: torch.Tensor) -> float:
-    """Gives the largest difference relative to the largest value of torch's; infinite for another shape or not-a-number."""
+    """Gives the largest difference relative to torch's largest value; infinite for another shape or a NaN."""
     expected = torchs.detach().double().numpy()
     if ours.shape != expected.shape or not np.isfinite(ours).all():
         return float("inf")

@@ -55,7 +55,7 @@ def summary(rows: list[dict]) -> list[str]:
     lines.append(f"{'case':{width}}  " + " ".join(f"{text:>8}" for text in columns))
     for case, cells in table.items():
         lines.append(f"{case:{width}}  " + " ".join(f"{text:>8}" for text in cell_texts(cells)))
-    return lines + ["", *totals(rows)]
+    return [*lines, "", *totals(rows)]
 
 
 def totals(rows: list[dict]) -> list[str]:
@@ -92,9 +92,9 @@ def markdown(record: dict) -> str:
         f"On {record['device']} with {versions}. Written by `pytest parity/ --ledger ledger.json` and",
         "`python -m parity.ledger ledger.json docs/parity.md`.",
         "",
-        "Truth is `torch_ref` in float64 on the CPU. Errors are the largest difference divided by the largest true value,",
-        "worst over outputs (forward), or over the input's and every parameter's gradient. The ratio is the median of our rms",
-        "error over torch's own in the same precision: 1 means that both round equally well.",
+        "Truth is `torch_ref` in float64 on the CPU. Errors are the largest difference divided by the largest true",
+        "value, worst over outputs (forward), or over the input's and every parameter's gradient. The ratio is the",
+        "median of our rms error over torch's own in the same precision: 1 means that both round equally well.",
         "",
         *(f"- {line}" for line in totals(record["rows"])),
         "",

@@ -98,8 +98,9 @@ def temporal_shuffle(layer: TemporalUpsample, x: Tensor, kept: slice, frame_firs
 
 
 def residual(layer: CausalResnetBlock, x: Tensor) -> Tensor:
-    """Gives what the block adds to its shortcut."""
-    return layer.conv2(F.silu(layer.norm2(layer.conv1(F.silu(layer.norm1(x))))))
+    """Gives what the block adds to its shortcut; the shortcut's weights still get a gradient, of zero."""
+    y = layer.conv2(F.silu(layer.norm2(layer.conv1(F.silu(layer.norm1(x))))))
+    return y if layer.conv_shortcut is None else y + 0 * layer.conv_shortcut(x)
 
 
 def no_clamp(layer: DiagonalGaussian, moments: Tensor) -> None:
@@ -107,9 +108,9 @@ def no_clamp(layer: DiagonalGaussian, moments: Tensor) -> None:
     layer.std = (0.5 * layer.logvar).exp()
 
 
-def low_precision(layer: CausalConv3d, x: Tensor) -> Tensor:
-    """Rounds weights and inputs to bfloat16, as the default matmul precision of TPUs does."""
-    return convolve(layer, x.bfloat16().to(x), weight=layer.conv.weight.bfloat16().to(x))
+def rough(values: Tensor) -> Tensor:
+    """Rounds to bfloat16, as the default matmul precision of TPUs does."""
+    return values.bfloat16().to(values)
 
 
 MISTAKES = [
@@ -170,7 +171,12 @@ MISTAKES = [
         TemporalUpsample,
         lambda m, x: temporal_shuffle(m, x, slice(1, None), frame_first=True),
     ),
-    Mistake("inputs are rounded to bfloat16: ask for the highest matmul precision", CausalConv3d, low_precision),
+    Mistake(
+        "inputs and weights are rounded to bfloat16: ask for the highest matmul precision",
+        CausalConv3d,
+        lambda m, x: convolve(m, rough(x), weight=rough(m.conv.weight)),
+    ),
+    Mistake("weights are rounded to bfloat16", CausalConv3d, lambda m, x: convolve(m, x, weight=rough(m.conv.weight))),
 ]
 UNCLAMPED = Mistake("logvar is not clamped", DiagonalGaussian, no_clamp)
 

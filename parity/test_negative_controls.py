@@ -1,5 +1,8 @@
 """Every check must fail when something is wrong; each known mistake is made on purpose."""
 
+from contextlib import nullcontext
+from functools import lru_cache
+
 import numpy as np
 import pytest
 
@@ -21,17 +24,20 @@ ROW_OF_LAYER = {
 }
 
 
-def check(case_name: str, mistake: Mistake | None, **kwargs) -> None:
+def check(name: str, mistake: Mistake | None) -> None:
     """Runs the float64 check of a row while torch_ref makes a mistake."""
-    case = ROW[case_name]
-    x, weights = compare.draw_inputs(case, "float32")
-    if mistake is None:
-        expected = compare.run_torch(case, x, weights, "float64")
-    else:
-        with made(mistake):
-            expected = compare.run_torch(case, x, weights, "float64")
-    ours = compare.measure(compare.run_flax(case, x, weights, "float64"), expected, "float64")
+    case = ROW[name]
+    draw = compare.draw(case, "float32")
+    with made(mistake) if mistake else nullcontext():
+        expected = compare.run_torch(case, draw, "float64")
+    ours = compare.measure(compare.run_flax(case, [draw], "float64"), [expected], "float64")
     compare.check_same_function(ours, case.tolerance)
+
+
+@lru_cache
+def right(name: str) -> list[compare.Results]:
+    """Gives the true results of a row's draws."""
+    return compare.truth(ROW[name], "float32")[1]
 
 
 @pytest.mark.parametrize("mistake", [*MISTAKES, UNCLAMPED], ids=lambda mistake: mistake.cause.split(":")[0])
@@ -46,54 +52,55 @@ def test_float64_check_notices(mistake: Mistake):
     ("name", "axes"), [("causal-3x3x3", (2, 3)), ("causal-3x3x3", (3, 4)), ("resnet", (0, 1)), ("attention", (0, 1))]
 )
 def test_check_notices_swapped_kernel_axes(name: str, axes: tuple[int, int]):
-    case = ROW[name]
-    x, weights, expected = compare.truth(case, "float32")
-    swapped = {name: value.swapaxes(*axes) if value.ndim > max(axes) else value for name, value in weights.items()}
-    ours = compare.measure(compare.run_flax(case, x, swapped, "float64"), expected, "float64")
+    draws, expected = compare.truth(ROW[name], "float32")
+    swapped = [
+        draw._replace(weights={key: w.swapaxes(*axes) if w.ndim > max(axes) else w for key, w in draw.weights.items()})
+        for draw in draws
+    ]
+    ours = compare.measure(compare.run_flax(ROW[name], swapped, "float64"), expected, "float64")
     with pytest.raises(AssertionError, match="relative error"):
-        compare.check_same_function(ours, case.tolerance)
+        compare.check_same_function(ours, ROW[name].tolerance)
 
 
 @pytest.mark.parametrize("name", ["causal-3x3x3", "mid-block"])
 def test_ratio_check_notices_a_lower_precision(name: str):
-    case = ROW[name]
-    x, weights, expected = compare.truth(case, "float32")
-    torchs = compare.measure(compare.run_torch(case, x, weights, "float32"), expected, "float32")
-    rough = {key: compare.rounded(value, "bfloat16") for key, value in weights.items()}
-    ours = compare.measure(
-        compare.run_flax(case, compare.rounded(x, "bfloat16"), rough, "float32"), expected, "float32"
-    )
-    with pytest.raises(AssertionError, match="ulp from the truth"):
+    draws, expected = compare.truth(ROW[name], "float32")
+    torchs = compare.measure([compare.run_torch(ROW[name], draw, "float32") for draw in draws], expected, "float32")
+    rough = [compare.draw(ROW[name], "bfloat16", index) for index in range(len(draws))]
+    ours = compare.measure(compare.run_flax(ROW[name], rough, "float32"), expected, "float32")
+    with pytest.raises(AssertionError, match="rms error"):
         compare.check_no_worse(ours, torchs)
+
+
+def with_part(results: list[compare.Results], part: str, tensors: compare.Tensors) -> list[compare.Results]:
+    """Gives results in which one part of the first draw is another."""
+    return [results[0] | {part: tensors}, *results[1:]]
 
 
 @pytest.mark.parametrize("part", [compare.FORWARD, compare.INPUT_GRADIENT, compare.PARAMETER_GRADIENTS])
 def test_check_notices_one_wrong_value_in_any_part(part: str):
-    case = ROW["resnet-shortcut"]
-    *_, expected = compare.truth(case, "float32")
-    for name in expected[part]:
-        actual = {key: dict(tensors) for key, tensors in expected.items()}
-        actual[part][name] = actual[part][name].copy()
-        actual[part][name].flat[-1] += 1e-9 * np.abs(actual[part][name]).max()
+    expected = right("resnet-shortcut")
+    for name, value in expected[0][part].items():
+        wrong = value.copy()
+        wrong.flat[-1] += 1e-9 * np.abs(value).max()
+        actual = with_part(expected, part, expected[0][part] | {name: wrong})
         with pytest.raises(AssertionError, match=part):
-            compare.check_same_function(compare.measure(actual, expected, "float64"), case.tolerance)
+            compare.check_same_function(compare.measure(actual, expected, "float64"), 1e-12)
 
 
 @pytest.mark.parametrize(
     "spoil", [lambda v: v * np.nan, lambda v: v[:1], lambda v: v * 0], ids=["not-finite", "shape", "zeros"]
 )
 def test_check_notices_spoiled_values(spoil):
-    case = ROW["resnet"]
-    *_, expected = compare.truth(case, "float32")
-    actual = expected | {compare.FORWARD: {"y": spoil(expected[compare.FORWARD]["y"])}}
+    expected = right("resnet")
+    actual = with_part(expected, compare.FORWARD, {"y": spoil(expected[0][compare.FORWARD]["y"])})
     with pytest.raises(AssertionError):
-        compare.check_same_function(compare.measure(actual, expected, "float64"), case.tolerance)
+        compare.check_same_function(compare.measure(actual, expected, "float64"), 1e-12)
 
 
 def test_check_notices_a_missing_gradient():
-    case = ROW["resnet"]
-    *_, expected = compare.truth(case, "float32")
-    gradients = dict(expected[compare.PARAMETER_GRADIENTS])
+    expected = right("resnet")
+    gradients = dict(expected[0][compare.PARAMETER_GRADIENTS])
     gradients.pop("norm1.weight")
     with pytest.raises(AssertionError, match=r"names differ.*norm1\.weight"):
-        compare.measure(expected | {compare.PARAMETER_GRADIENTS: gradients}, expected, "float64")
+        compare.measure(with_part(expected, compare.PARAMETER_GRADIENTS, gradients), expected, "float64")

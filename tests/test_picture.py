@@ -80,8 +80,11 @@ def test_names_and_numbers_belong_to_the_frames_shown(tmp_path, monkeypatch):
     b = a + np.arange(1, 10, dtype=np.uint8)[:, None, None, None]
     draw(tmp_path, a, b, title="A clip", columns=3)
     levels = [f"frame {index}\n{20 * math.log10(255 / (index + 1)):.2f} dB" for index in (0, 4, 8)]
-    assert words[0] == "A clip" and set(levels) < set(words) and "difference \N{MULTIPLICATION SIGN}16" in words
-    assert f"PSNR {psnr(a, b):.2f} dB over all" in words[1] and "3 of 9 frames, 40" in words[1]
+    assert words[0] == "A clip"
+    assert set(levels) < set(words)
+    assert "difference \N{MULTIPLICATION SIGN}16" in words
+    assert f"PSNR {psnr(a, b):.2f} dB over all" in words[1]
+    assert "3 of 9 frames, 40" in words[1]
 
 
 @pytest.mark.parametrize(("frames", "columns", "expected"), [(1, 6, 1), (2, 6, 2), (17, 4, 4), (3, 9, 3)])
@@ -105,7 +108,8 @@ def test_frames_are_chosen_evenly_from_first_to_last(tmp_path):
 def test_single_upright_picture_stands_beside_its_reconstruction(tmp_path):
     sheet = draw(tmp_path, flat(1, 90, 60, (200, 30, 30)), flat(1, 90, 60, (30, 200, 30)))
     first, second = boxes(sheet, (200, 30, 30))[0], boxes(sheet, (30, 200, 30))[0]
-    assert first[:2] == second[:2] and first[3] < second[2]
+    assert first[:2] == second[:2]
+    assert first[3] < second[2]
 
 
 @pytest.mark.parametrize(("height", "width"), [(6, 600), (600, 6), (272, 640), (1, 1)])

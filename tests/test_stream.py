@@ -12,6 +12,7 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flax_vae.io import port
 from flax_vae.models.config import narrow
 from flax_vae.models.vae import CausalVideoVAE
 from flax_vae.runtime.stream import compiled, cut, stream
@@ -21,11 +22,11 @@ CONFIG = narrow((8, 8, 16, 16), groups=4, encoder_layers=1, decoder_layers=1)
 
 @pytest.fixture(scope="module")
 def vae():
-    model = CausalVideoVAE(CONFIG, rngs=nnx.Rngs(3))
-    graph, state = nnx.split(model)
-    keys = iter(jax.random.split(jax.random.key(4), 1000))
-    state = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), state)  # also biases and norms
-    return nnx.merge(graph, state)
+    model = nnx.eval_shape(lambda: CausalVideoVAE(CONFIG, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(3)
+    shapes = {key: parameter.torch_shape for key, parameter in port.parameters(model).items()}
+    port.load(model, port.Arrays({key: 0.2 * rng.standard_normal(shape) for key, shape in shapes.items()}))
+    return model
 
 
 @pytest.fixture(scope="module")

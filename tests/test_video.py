@@ -68,7 +68,8 @@ def test_real_clip_is_read_whole_and_as_stated(name):
     assert (info.height, info.width, info.frames, info.fps) == (height, width, count, fps)
     assert {type(info.fps), type(info.frames)} == {Fraction, int}
     first = read_clip(path, frames=3)
-    assert first.shape == (3, height, width, 3) and first.dtype == np.uint8
+    assert first.shape == (3, height, width, 3)
+    assert first.dtype == np.uint8
     for index, frame in enumerate(read_frames(path)):
         if index < 3:
             assert np.array_equal(frame, first[index])
@@ -96,7 +97,8 @@ def test_default_writing_keeps_colours_count_and_rate(tmp_path, rate):
     with VideoWriter(tmp_path / "clip.mp4", rate, 48, 96) as writer:
         writer.write(clip)
     centres = read_clip(tmp_path / "clip.mp4")[:, 24, 8::16].astype(int)
-    assert centres.shape[0] == 4 and np.abs(centres - colours).max() <= 1
+    assert centres.shape[0] == 4
+    assert np.abs(centres - colours).max() <= 1
     halved = read_clip(tmp_path / "clip.mp4", size=(24, 48))[:, 12, 4::8].astype(int)
     assert np.abs(halved - colours).max() <= 1
     assert probe(tmp_path / "clip.mp4").fps == Fraction(rate).limit_denominator(1001)
@@ -127,21 +129,26 @@ def test_resizing_covers_and_crops_the_centre(tmp_path):
     middle = read_clip(path, size=(20, 20))
     assert np.abs(middle[:, :, 2:-2].astype(int) - [0, 200, 0]).max() <= 2
     wider = read_clip(path, size=(60, 180))
-    assert wider.shape == (1, 60, 180, 3) and wider[0, 30, 5, 0] > 190 and wider[0, 30, 175, 2] > 190
+    assert wider.shape == (1, 60, 180, 3)
+    assert wider[0, 30, 5, 0] > 190
+    assert wider[0, 30, 175, 2] > 190
 
 
 def test_image_is_a_clip_of_one_frame(tmp_path):
     clip = noise(1, 17, 31)
     path = encode(tmp_path / "image.png", clip, "png", "rgb24")
-    assert np.array_equal(read_clip(path), clip) and probe(path).frames == 1
+    assert np.array_equal(read_clip(path), clip)
+    assert probe(path).frames == 1
     smooth = np.full((1, 32, 48, 3), (200, 100, 50), np.uint8)
     photo = encode(tmp_path / "photo%03d.jpg", smooth, "mjpeg", "yuvj420p", update="1")
-    assert np.abs(read_clip(photo).astype(int) - smooth).max() <= 6 and probe(photo).frames == 1
+    assert np.abs(read_clip(photo).astype(int) - smooth).max() <= 6
+    assert probe(photo).frames == 1
 
 
 def test_frames_is_a_limit_not_a_demand(tmp_path):
     path = encode(tmp_path / "clip.mp4", noise(5, 32, 48))
-    assert len(read_clip(path, frames=2)) == 2 and len(read_clip(path, frames=9)) == 5
+    assert len(read_clip(path, frames=2)) == 2
+    assert len(read_clip(path, frames=9)) == 5
 
 
 @pytest.mark.parametrize("share", [0.9, 0.5])
@@ -153,9 +160,9 @@ def test_clip_cut_short_gives_its_frames_then_an_error(tmp_path, name, share):
     shorten(path, int(share * path.stat().st_size))
     stream, seen = read_frames(path), []
     with pytest.raises(ValueError, match="damaged or cut short") as caught:
-        for frame in stream:
-            seen.append(frame)
-    assert f"after {len(seen)} frames" in str(caught.value) and str(path) in str(caught.value)
+        seen.extend(stream)
+    assert f"after {len(seen)} frames" in str(caught.value)
+    assert str(path) in str(caught.value)
     assert 40 * share - 10 < len(seen) < 40
     assert np.array_equal(np.stack(seen), whole[: len(seen)])
     assert len(read_clip(path, frames=len(seen))) == len(seen)
@@ -184,9 +191,9 @@ def test_no_made_up_pixels_are_read_from_zeroed_bytes(tmp_path, name):
     middle = len(data) // 2
     path.write_bytes(data[:middle] + bytes(2000) + data[middle + 2000 :])
     with pytest.raises(ValueError, match="damaged or cut short"):
-        for frame in read_frames(path):
-            seen.append(frame)
-    assert len(seen) > 10 and np.array_equal(np.stack(seen), whole[: len(seen)])
+        seen.extend(read_frames(path))
+    assert len(seen) > 10
+    assert np.array_equal(np.stack(seen), whole[: len(seen)])
 
 
 def test_trimmed_clip_is_whole_though_its_file_counts_more_frames(tmp_path):
@@ -283,10 +290,16 @@ def test_writer_refuses_before_it_writes(tmp_path, name, changes, error, message
 def test_interrupted_writing_leaves_the_old_file_and_nothing_else(tmp_path, failure, written):
     path = tmp_path / "clip.mp4"
     path.write_bytes(b"the old one")
-    with pytest.raises(failure), VideoWriter(path, 25, 32, 48) as writer:
-        writer.write(noise(written, 32, 48))
-        raise failure
-    assert path.read_bytes() == b"the old one" and list(tmp_path.iterdir()) == [path]
+
+    def write_and_fail():
+        with VideoWriter(path, 25, 32, 48) as writer:
+            writer.write(noise(written, 32, 48))
+            raise failure
+
+    with pytest.raises(failure):
+        write_and_fail()
+    assert path.read_bytes() == b"the old one"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_no_frame_is_an_error_and_no_file(tmp_path):
@@ -306,7 +319,9 @@ def test_frames_of_another_shape_or_dtype_are_refused(tmp_path, frames):
 def test_every_pixel_value_survives_the_way_to_float_and_back(shape):
     pixels = np.arange(256, dtype=np.uint8).reshape(shape)
     floats = to_float(pixels)
-    assert floats.dtype == np.float32 and floats.min() == -1 and floats.max() == 1
+    assert floats.dtype == np.float32
+    assert floats.min() == -1
+    assert floats.max() == 1
     assert np.array_equal(to_uint8(floats), pixels)
     nudged = floats + np.random.default_rng(0).uniform(-0.0039, 0.0039, shape)
     assert np.array_equal(to_uint8(nudged), pixels)
@@ -329,7 +344,8 @@ multiples = st.sampled_from([1, 2, 8, 16, 24])
 @given(sides, sides, multiples)
 def test_own_size_is_cropped_by_less_than_one_multiple(height, width, multiple):
     for side, fitted in zip((height, width), fit_size(height, width, multiple), strict=True):
-        assert fitted > 0 and fitted % multiple == 0
+        assert fitted > 0
+        assert fitted % multiple == 0
         if min(height, width) >= multiple:
             assert side - multiple < fitted <= side
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Union
 
 COMMANDS = ("info", "port", "encode", "decode", "reconstruct", "demo")
-EXTRAS = {"av": "video", "matplotlib": "video", "scikit-video": "video", "torch": "torch"}
+EXTRAS = {"av": "video", "matplotlib": "video", "torch": "torch"}
 SUMMARY = """Causal video VAEs in JAX: port a torch checkpoint, encode video to latents, decode it, see what is lost.
 
 COMMAND --help explains each and shows an example. A good first one: flax-vae demo"""
@@ -28,7 +29,8 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         run(list(sys.argv[1:] if args is None else args))
     except KeyboardInterrupt:
-        fail("interrupted; nothing half-written is left", 130)
+        print("flax-vae: interrupted; nothing half-written is left", file=sys.stderr, flush=True)
+        os._exit(130)  # at once: XLA may be compiling in a thread, and Python's own way out crashes under it
     except CheckFailed as error:
         fail(str(error), 1)
     except ModuleNotFoundError as error:
@@ -51,7 +53,8 @@ def run(args: list[str]) -> None:
         tyro.cli(command, prog=f"flax-vae {args[0]}", args=args[1:], description=inspect.getdoc(command))
         return
     entries = [Annotated[load(name), tyro.conf.subcommand(name, description=first_line(name))] for name in COMMANDS]
-    tyro.cli(Union[tuple(entries)], prog="flax-vae", args=args, description=SUMMARY)  # pyright: ignore
+    choice: Any = Union[tuple(entries)]  # noqa: UP007 (X | Y takes no list)
+    tyro.cli(choice, prog="flax-vae", args=args, description=SUMMARY)
 
 
 def load(name: str) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flax_vae.cli.screen import note
+from flax_vae.cli.screen import counted, note
 
 if TYPE_CHECKING:
     from flax_vae.models.config import VAEConfig
@@ -41,10 +41,6 @@ class Clip:
         """Frames to come, if known."""
         return min((n for n in (self.limit, self.stated) if n is not None), default=None)
 
-    def filled(self, frames: int) -> int:
-        """The frames of a clip of `frames` once the last one is repeated to make factor * k + 1."""
-        return frames + (1 - frames) % self.factor
-
     def chunks(self) -> Iterator[tuple[np.ndarray, int]]:
         """Yields uint8 (T, H, W, 3) chunks, the last one filled by repeating its last frame, and their real length."""
         from flax_vae.io.video import read_frames
@@ -54,17 +50,20 @@ class Clip:
         frames = read_frames(self.path, (self.height, self.width), self.limit)
         for i, chunk in enumerate(cut(frames, size)):
             # later chunks are filled up whole: a shape of its own for the last would be compiled for it alone
-            missing = -len(chunk) % size if i else self.filled(len(chunk)) - len(chunk)
+            missing = -len(chunk) % size if i else filled(len(chunk), self.factor) - len(chunk)
             yield np.concatenate([chunk, np.repeat(chunk[-1:], missing, axis=0)]), len(chunk)
 
     def report(self, frames: int) -> None:
         """Says what has become of the number of frames, once `frames` have been read."""
         if self.limit is not None and frames < self.limit:
-            note(f"{self.path} has {frames} frames, fewer than the {self.limit} asked for")
+            note(f"{self.path} has {counted(frames)}, fewer than the {self.limit} asked for")
         elif frames != (self.expected or frames):
-            note(f"{self.path} states {self.stated} frames; {frames} could be read")
-        if self.filled(frames) != frames:
-            note(f"{frames} frames are not {self.factor}k + 1: the last one stands in up to {self.filled(frames)}, cut off again after decoding")
+            note(f"{self.path} states {self.stated} frames, but {frames} were read")
+        if (whole := filled(frames, self.factor)) != frames:
+            note(
+                f"{frames} frames are not {self.factor}k + 1: the last one is repeated to make {whole}, "
+                "and the repeats are cut off after decoding"
+            )
 
 
 def open_clip(path: Path, config: VAEConfig, size: str | None, frames: int | None) -> Clip:
@@ -79,12 +78,17 @@ def open_clip(path: Path, config: VAEConfig, size: str | None, frames: int | Non
     if wanted is None and min(info.height, info.width) > SHORT_SIDE:
         wanted = SHORT_SIDE
     height, width = fit_size(info.height, info.width, multiple, wanted)
-    how = "centre-cropped" if wanted is None and min(info.height, info.width) >= multiple else "scaled and centre-cropped"
     if (height, width) == (info.height, info.width):
         note(f"{path}: {height}x{width} (height x width), as it is")
     else:
+        how = "centre-cropped" if wanted is None and min(info.height, info.width) >= multiple else "scaled and cropped"
         note(f"{path}: {info.height}x{info.width} (height x width), {how} to {height}x{width}, multiples of {multiple}")
     return Clip(Path(path), height, width, info.fps, frames, info.frames, config.temporal_factor)
+
+
+def filled(frames: int, factor: int) -> int:
+    """Gives the length of a clip once its last frame is repeated to make factor * k + 1."""
+    return frames + (1 - frames) % factor
 
 
 def parse_size(text: str | None) -> int | tuple[int, int] | None:

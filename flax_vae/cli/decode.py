@@ -8,7 +8,7 @@ from typing import Annotated
 import numpy as np
 from tyro.conf import Positional, arg
 
-from flax_vae.cli.clip import CHUNK_LATENTS, check_target
+from flax_vae.cli.clip import CHUNK_LATENTS, check_target, filled
 from flax_vae.cli.latents import load as load_latents
 from flax_vae.cli.model import config_hash, load, read_config
 from flax_vae.cli.options import Clip, Weights
@@ -31,12 +31,13 @@ def decode(latents: In, out: Clip, weights: Weights) -> None:
     source, config = load_latents(latents), read_config(weights)
     if source.config != (ours := config_hash(config)):
         raise ValueError(
-            f"{latents} was encoded by a model with another config (hash {source.config}, that of {weights} is {ours}): "
-            "decode it with the checkpoint that encoded it"
+            f"{latents} comes from a model of another config (hash {source.config}; that of {weights} is {ours}): "
+            "decode with the checkpoint that encoded it"
         )
-    shape = config.latent_shape(source.frames + (1 - source.frames) % config.temporal_factor, source.height, source.width)
-    if source.mean.shape != (1, *shape):
-        raise ValueError(f"{latents}: latents of shape {source.mean.shape}, expected {(1, *shape)}; encode the clip again")
+    frames = filled(source.frames, config.temporal_factor)
+    expected = (1, *config.latent_shape(frames, source.height, source.width))
+    if source.mean.shape != expected:
+        raise ValueError(f"{latents}: latents of shape {source.mean.shape}, expected {expected}; encode the clip again")
     writer = VideoWriter(out, source.fps, source.height, source.width)
     vae = load(weights)
 
@@ -45,7 +46,7 @@ def decode(latents: In, out: Clip, weights: Weights) -> None:
     with progress("decoding", source.frames) as meter, writer:
         chunks = (chunk[None] for chunk in cut(source.mean[0], CHUNK_LATENTS))
         for video in stream(compiled(vae.decode_chunk), chunks):
-            frames = to_uint8(np.asarray(video[0]))[: source.frames - meter.frames]
-            writer.write(frames)
-            meter.done(len(frames))
+            pixels = to_uint8(np.asarray(video[0]))[: source.frames - meter.frames]
+            writer.write(pixels)
+            meter.done(len(pixels))
     note(f"wrote {out}: {meter.pace()}")

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import arg
 
 Out = Annotated[Path, arg(metavar="DIR", help="folder to write; made if it is not there")]
+NEEDS = ("parity", "torch_ref", "torch", "av", "matplotlib", "skvideo")
+INSTALL = 'pip install -e ".[torch,video,demo]"'
 
 
 def demo(out: Out = Path("demo_output")) -> None:
     """Ports a torch checkpoint, compares torch with Flax on a real clip, and reconstructs the clip.
 
     The checkpoint is made on the spot, with random weights, so the reconstruction shows noise; what it shows is that
-    torch and Flax agree. Needs a clone of the repository and the extras torch and video. Takes a minute or two.
+    torch and Flax agree. Needs a clone of the repository and the extras torch, video and demo. Takes a minute or two.
 
     Example:
       flax-vae demo --out demo_output
     """
+    missing = [name for name in NEEDS if find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"the demo needs {', '.join(missing)} too: in a clone of the repository, make demo, or {INSTALL}"
+        )
+
     from parity.demo import run
 
     run(out)

@@ -8,7 +8,7 @@ from typing import Annotated
 import numpy as np
 from tyro.conf import Positional, arg
 
-from flax_vae.cli.clip import check_target, open_clip
+from flax_vae.cli.clip import check_target, filled, open_clip
 from flax_vae.cli.latents import Latents, save
 from flax_vae.cli.model import config_hash, load, read_config
 from flax_vae.cli.options import Frames, Size, Video, Weights
@@ -33,6 +33,7 @@ def encode(video: Video, out: Out, weights: Weights, size: Size = None, frames: 
     vae = load(weights)
 
     from flax_vae.io.video import to_float
+    from flax_vae.layers.geometry import latent_frames
     from flax_vae.runtime.stream import compiled, stream
 
     means, logvars, lengths = [], [], []
@@ -48,7 +49,7 @@ def encode(video: Video, out: Out, weights: Weights, size: Size = None, frames: 
             logvars.append(np.asarray(posterior.logvar))
             meter.done(lengths[-1])
     clip.report(meter.frames)
-    latents = (clip.filled(meter.frames) - 1) // clip.factor + 1
+    latents = latent_frames(filled(meter.frames, clip.factor), clip.factor)
     mean, logvar = (np.concatenate(parts, axis=1)[:, :latents] for parts in (means, logvars))
     save(out, Latents(mean, logvar, meter.frames, clip.height, clip.width, clip.fps, config_hash(config)))
     rows = [

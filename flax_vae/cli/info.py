@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 from typing import Annotated
 
 from tyro.conf import arg
 
-from flax_vae.cli.clip import parse_size
+from flax_vae.cli.clip import filled, parse_size
 from flax_vae.cli.options import Checkpoint, Config
-from flax_vae.cli.screen import table
+from flax_vae.cli.screen import counted, table
 
 KEYS = (
     *("in_channels", "out_channels", "block_out_channels", "layers_per_block", "norm_num_groups"),
@@ -66,15 +67,17 @@ def info(checkpoint: Checkpoint, size: Size = None, frames: Frames = 17, config:
     rows = [*parts.items(), ("all", parts.total())]
     table(f"parameters, stored as {', '.join(f'{kind} ({n} tensors)' for kind, n in kinds.items())}", rows)
 
-    factor = settings.temporal_factor
-    filled = frames + (1 - frames) % factor
-    latents = settings.latent_shape(filled, height, width)
-    rows = [
-        ("compression (time, height, width)", f"{factor} x {settings.spatial_factor} x {settings.spatial_factor}"),
-        (f"{frames} frames of {height}x{width}" + f", filled to {filled}" * (filled > frames), "latents " + " x ".join(map(str, latents))),
-    ]
-    table("latents (frames, height, width, channels)", rows)
+    whole = filled(frames, settings.temporal_factor)
+    latents = settings.latent_shape(whole, height, width)
+    clip = f"{counted(frames)} of {height}x{width}" + f", filled to {whole}" * (whole > frames)
+    span = settings.temporal_factor, settings.spatial_factor, settings.spatial_factor
+    rows = [("frames, height, width that one spans", times(span)), (f"shape for {clip}", times(latents))]
+    table("latents", rows)
 
     model = nnx.eval_shape(lambda: CausalVideoVAE(settings, rngs=nnx.Rngs(0)))
     port.match(port.parameters(model), shapes, CausalVideoVAE.__name__)
     print(f"{checkpoint}: the {len(shapes)} tensors include all that the config asks for, each of the right shape")
+
+
+def times(numbers: Iterable[int]) -> str:
+    return " x ".join(map(str, numbers))

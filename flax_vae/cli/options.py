@@ -12,7 +12,9 @@ _CHECKPOINT = (
 Checkpoint = Annotated[str, Positional, arg(metavar="CKPT", help=_CHECKPOINT)]
 Weights = Annotated[str, arg(metavar="CKPT", help=_CHECKPOINT)]
 Video = Annotated[Path, Positional, arg(metavar="VIDEO", help="clip to read; an image is a clip of one frame")]
-Clip = Annotated[Path, Positional, arg(metavar="OUT.mp4", help="clip to write, .mp4, .mkv or .mov; replaced if it exists")]
+Clip = Annotated[
+    Path, Positional, arg(metavar="OUT.mp4", help="clip to write (.mp4, .mkv, .mov); replaced if it exists")
+]
 Config = Annotated[
     Path | None,
     arg(metavar="FILE", help="config.json to use", help_behavior_hint="(default: the one beside the weights)"),

@@ -28,7 +28,9 @@ DType = Annotated[Literal["keep", "float32", "bfloat16", "float16"], arg(help="p
 Overwrite = Annotated[bool, FlagCreatePairsOff, arg(help="replace the checkpoint in DST", help_behavior_hint="")]
 
 
-def port(src: Checkpoint, dst: Target, dtype: DType = "keep", config: Config = None, overwrite: Overwrite = False) -> None:
+def port(
+    src: Checkpoint, dst: Target, dtype: DType = "keep", config: Config = None, overwrite: Overwrite = False
+) -> None:
     """Turns a checkpoint of any readable kind into a folder that flax_vae and torch load alike.
 
     DST gets config.json and diffusion_pytorch_model.safetensors in the public layout. SRC may also be a training
@@ -82,7 +84,7 @@ def compare(vae: CausalVideoVAE, source: Tensors, written: Tensors) -> list[tupl
         equal[part] += same
         different += [] if same else [key]
     if different or set(written.shapes()) != set(names):
-        raise CheckFailed(f"nothing was written, because these tensors differ from their source: {', '.join(different)}")
+        raise CheckFailed(f"nothing is written, as these tensors differ from their source: {', '.join(different)}")
     rows = [(part, tensors[part], sizes[part], equal[part]) for part in tensors]
     return [*rows, ("all", tensors.total(), sizes.total(), equal.total())]
 

@@ -10,7 +10,7 @@ import numpy as np
 from flax_vae.cli.clip import check_target, open_clip
 from flax_vae.cli.model import load, read_config
 from flax_vae.cli.options import Clip, Frames, Size, Video, Weights
-from flax_vae.cli.screen import progress, table
+from flax_vae.cli.screen import counted, progress, table
 
 SAMPLES = 128  # frames kept for the contact sheet, at most
 
@@ -64,7 +64,7 @@ def reconstruct(video: Video, out: Clip, weights: Weights, size: Size = None, fr
         ("clip", str(out)),
         ("contact sheet", str(sheet)),
     ]
-    table(f"{video}: {meter.frames} frames of {clip.height}x{clip.width}", rows)
+    table(f"{video}: {counted(meter.frames)} of {clip.height}x{clip.width}", rows)
 
 
 class Samples:

@@ -20,14 +20,20 @@ def table(title: str, rows: Iterable[Sequence[object]], columns: Sequence[str] =
     from rich.text import Text
 
     rows = [list(row) for row in rows]
-    grid = Table(title=Text(title), title_justify="left", title_style="bold", show_header=any(columns))
+    grid = Table(show_header=any(columns))
     for i, name in enumerate(columns):
         numbers = all(isinstance(row[i], int | float) or row[i] == "" for row in rows)
         grid.add_column(name, justify="right" if numbers and i else "left", overflow="fold")
     for row in rows:
         grid.add_row(*(Text(f"{cell:,}" if isinstance(cell, int) else str(cell)) for cell in row))
     console = Console() if sys.stdout.isatty() else Console(width=120)
-    console.print(grid)
+    console.print(Text(title, style="bold"), grid)
+    sys.stdout.flush()  # so that results and notes keep their order in a log
+
+
+def counted(frames: int) -> str:
+    """Gives "1 frame", "2 frames"."""
+    return f"{frames} frame" + "s" * (frames != 1)
 
 
 class Meter:
@@ -49,7 +55,7 @@ class Meter:
     def pace(self) -> str:
         """Says how long it took, and how fast it went after the first two chunks, which are compiled anew."""
         start, settled, end = self._marks[0], self._marks[:3][-1], self._marks[-1]
-        total = f"{end[1]} frames in {end[0] - start[0]:.1f} s, compilation included"
+        total = f"{counted(end[1])} in {end[0] - start[0]:.1f} s, compilation included"
         if settled == end:
             return total
         return f"{(end[1] - settled[1]) / (end[0] - settled[0]):.2f} frames/s once compiled ({total})"
@@ -64,9 +70,12 @@ def progress(task: str, frames: int | None) -> Iterator[Meter]:
 
     class Speed(ProgressColumn):
         def render(self, task):
-            return Text(f"{task.speed:.2f} frames/s" if task.speed else "compiling")
+            speed = task.completed / task.finished_time if task.finished_time else task.speed
+            return Text(f"{speed:.2f} frames/s" if speed else "compiling")
 
     words = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("frames"), Speed()
-    with Progress(*words, TextColumn("ETA"), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+    ends = TextColumn("ETA"), TimeRemainingColumn()
+    # speed over the last ten minutes: a chunk of frames can take longer than the half minute that is the default
+    with Progress(*words, *ends, console=Console(stderr=True), speed_estimate_period=600) as bar:
         shown = bar.add_task(task, total=frames)
         yield Meter(lambda n: bar.advance(shown, n))

@@ -25,7 +25,8 @@ WEIGHTS_FILE, CONFIG_FILE = "diffusion_pytorch_model.safetensors", "config.json"
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # and what safetensors calls them
 CONTAINERS = ("model", "state_dict")  # where training checkpoints keep the weights
 HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)((?:/\w[\w.-]*)*)/?", re.ASCII)
-JSON_LIMIT = MAPPED_LIMIT = 2**26  # bytes
+JSON_LIMIT = 2**26  # bytes of a config or an index
+MAPPED_LIMIT = 2**26  # bytes read of a torch file before it is opened anew
 
 
 class Tensors(Protocol):
@@ -71,7 +72,7 @@ class Checkpoint:
 
     def shapes(self) -> dict[str, Spec]:
         """Gives every tensor's shape, in torch's axis order, and the name of its dtype."""
-        return {key: file.shapes[key] for key, file in self._files.items()}
+        return {key: file.specs[key] for key, file in self._files.items()}
 
     def read(self, key: str) -> np.ndarray:
         """Gives one tensor, in torch's axis order."""
@@ -86,8 +87,8 @@ class SafetensorsFile:
         names = {code: name for name, code in DTYPES.items()}
         with self._open() as file:
             headers = {key: file.get_slice(key) for key in list(file.keys())}
-            codes = {key: header.get_dtype() for key, header in headers.items()}
-            self.shapes = {key: (tuple(headers[key].get_shape()), names.get(code, code)) for key, code in codes.items()}
+            codes = {key: str(header.get_dtype()) for key, header in headers.items()}
+            self.specs = {key: (tuple(headers[key].get_shape()), names.get(code, code)) for key, code in codes.items()}
 
     def read(self, key: str) -> np.ndarray:
         with self._open() as file:  # anew for every tensor: what was read of an open file stays in memory
@@ -108,7 +109,7 @@ class TorchFile:
     def __init__(self, path: Path):
         self.path, self._is_mapped = path, zipfile.is_zipfile(path)
         self._open()
-        self.shapes = {key: (tuple(x.shape), str(x.dtype).removeprefix("torch.")) for key, x in self._tensors.items()}
+        self.specs = {key: (tuple(x.shape), str(x.dtype).removeprefix("torch.")) for key, x in self._tensors.items()}
 
     def read(self, key: str) -> np.ndarray:
         import torch
@@ -137,8 +138,8 @@ def load_pickled(path: Path, is_mapped: bool) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
     except Exception as error:  # a damaged pickle can raise anything
         found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it holds a {found[1]}, more than plain tensors" if found else f"it looks like {kind(path)}"
-        raise ValueError(f"{path} cannot be read as torch weights: {what}; save the state_dict alone") from None
+        what = f"it holds a {found[1]}: save the state_dict alone" if found else f"it looks like {kind(path)}"
+        raise ValueError(f"{path} is not plain torch tensors ({type(error).__name__}); {what}") from None
     content = content if isinstance(content, dict) else {type(content).__name__: content}
     for _ in CONTAINERS:  # one may hold the other
         inner = [content[name] for name in CONTAINERS if isinstance(content.get(name), dict)]
@@ -164,7 +165,7 @@ def open_weights(path: Path) -> dict[str, SafetensorsFile | TorchFile]:
     if unfit:
         raise ValueError(f"{path}: {', '.join(unfit)} must be files beside it, named *{', *'.join(SAFE + PICKLED)}")
     files = {name: (SafetensorsFile if name.endswith(SAFE) else TorchFile)(path.parent / name) for name in names}
-    held = [(key, name) for name, file in files.items() for key in file.shapes]
+    held = [(key, name) for name, file in files.items() for key in file.specs]
     astray = set(held) ^ set(weight_map.items() if weight_map is not None else held)
     if astray:
         listed = "\n  ".join(f"{key} in {name}" for key, name in sorted(astray))
@@ -176,9 +177,10 @@ def read_index(path: Path) -> dict[str, str]:
     """Gives the file name of every tensor; ValueError unless an index names files of its own directory."""
     weight_map: Any = read_json(path).get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
-    strange = [name for name in names if not isinstance(name, str) or re.search(r"[/\\:\0]|^\.", name)]
+    plain = re.compile(rf"[^./\\:\0][^/\\:\0]*({'|'.join(map(re.escape, SAFE + PICKLED))})")
+    strange = [name for name in names if not isinstance(name, str) or not plain.fullmatch(name)]
     if strange:
-        raise ValueError(f"{path}: 'weight_map' must give files in the same directory, got {strange[:9]}")
+        raise ValueError(f"{path}: 'weight_map' must name weights files in the same directory, got {strange[:9]}")
     return weight_map
 
 
@@ -186,7 +188,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object; ValueError names the file and what it is instead."""
     size = path.stat().st_size
     if size > JSON_LIMIT:
-        raise ValueError(f"{path} has {size:,} bytes: expected at most {JSON_LIMIT:,} of a config or an index")
+        raise ValueError(f"{path} has {size:,} bytes: expected a config or an index of at most {JSON_LIMIT:,}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -259,9 +261,11 @@ def save(path: str | os.PathLike, config: Mapping[str, Any], tensors: Tensors) -
         raise ValueError(f"only {', '.join(DTYPES)} can be saved, got {', '.join(strange)}")
     text = json.dumps(config, indent=2) + "\n"
     directory.mkdir(parents=True, exist_ok=True)
-    with replacing(directory / CONFIG_FILE) as config_file, replacing(directory / WEIGHTS_FILE) as weights_file:
+    with replacing(directory / CONFIG_FILE) as config_file:
         config_file.write(text.encode())
-        write_safetensors(weights_file, tensors)
+        config_file.flush()
+        with replacing(directory / WEIGHTS_FILE) as weights_file:
+            write_safetensors(weights_file, tensors)
 
 
 @contextmanager
@@ -302,10 +306,10 @@ def kind(path: Path) -> str:
         return "a git-lfs pointer instead of the file: run git lfs pull"
     if head.lstrip().startswith(b"<"):
         return "a web page instead of the file: fetch it again"
-    if head.startswith((b"PK", b"\x80")):
-        return f"a file that torch wrote, whole or in part: its name should end in {', '.join(PICKLED)}"
     if head[8:9] == b"{":
         header, size = int.from_bytes(head[:8], "little"), path.stat().st_size
         claim = f"with a header of {header:,} in {size:,} bytes"
         return f"safetensors, whole or in part, {claim}: fetch it again, or end its name in {SAFE[0]}"
+    if head.startswith((b"PK", b"\x80")):
+        return f"what torch writes, whole or in part: fetch it again, or end its name in {', '.join(PICKLED)}"
     return "something else: fetch it again"

@@ -31,7 +31,7 @@ RULES: dict[type, dict[str, Rule]] = {
     nnx.Linear: {"kernel": Rule("weight", (1, 0)), "bias": Rule("bias", (0,))},
     CausalGroupNorm: {"scale": Rule("weight", (0,)), "bias": Rule("bias", (0,))},
 }
-WRAPPERS = re.compile(r"(?:module\.|vae\.)+")
+WRAPPERS = re.compile(r"^(?:module\.|vae\.)+")
 OLD_ATTENTION = re.compile(r"(?<![^.])(query|key|value|proj_attn)(?=\.(?:weight|bias)$)")
 NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -63,7 +63,7 @@ class Arrays:
 
     def read(self, key: str) -> np.ndarray:
         """Gives one tensor, in torch's axis order."""
-        return np.asarray(self._arrays[key].transpose(self._axes[key]))
+        return np.asarray(self._arrays[key]).transpose(self._axes[key])
 
 
 def parameters(module: nnx.Module) -> dict[str, Parameter]:
@@ -90,14 +90,13 @@ def named_tensors(module: nnx.Module, state: nnx.State | None = None) -> Arrays:
     not exactly the module's.
     """
     ours = parameters(module)
-    values = {p.path: p.variable for p in ours.values()} if state is None else dict(nnx.to_flat_state(state))
+    values = dict(nnx.to_flat_state(nnx.state(module, nnx.Param) if state is None else state))
     astray = values.keys() ^ {p.path for p in ours.values()}
     if astray:
         paths = ", ".join(sorted(".".join(map(str, path)) for path in astray))
         raise ValueError(f"the state must hold exactly the parameters of the module; only one of them holds {paths}")
-    raw = {key: values[p.path] for key, p in ours.items()}
-    arrays = {key: x.get_value() if isinstance(x, nnx.Variable) else x for key, x in raw.items()}
-    return Arrays(arrays, {key: p.axes for key, p in ours.items()})
+    arrays = {path: x.get_value() if isinstance(x, nnx.Variable) else x for path, x in values.items()}
+    return Arrays({key: arrays[p.path] for key, p in ours.items()}, {key: p.axes for key, p in ours.items()})
 
 
 def torch_layout(module: nnx.Module, state: nnx.State | None = None) -> dict[str, np.ndarray]:
@@ -153,7 +152,7 @@ def match(ours: Mapping[str, Parameter], shapes: Mapping[str, Spec], what: str) 
 
 def torch_key(name: str) -> str:
     """Gives the name that today's exports have: without wrappers, and with the attention's new names."""
-    return OLD_ATTENTION.sub(lambda found: NEW_ATTENTION[found[1]], WRAPPERS.sub("", name, count=1))
+    return OLD_ATTENTION.sub(lambda found: NEW_ATTENTION[found[1]], WRAPPERS.sub("", name))
 
 
 def fits(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:

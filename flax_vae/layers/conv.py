@@ -152,7 +152,8 @@ class CausalConv3d(nnx.Module):
         shape = getattr(carry, "shape", ())
         if (shape[:1], shape[2:]) != (x.shape[:1], x.shape[2:]):
             raise ValueError(
-                f"a carry of shape {tuple(shape)} does not continue into a chunk of shape {x.shape}: use the carry of the same stream"
+                f"a carry of shape {tuple(shape)} does not continue into a chunk of shape {x.shape}: "
+                "use the carry of the same stream"
             )
         return jnp.concatenate([carry, x], axis=1)
 
@@ -164,7 +165,7 @@ class CausalConv3d(nnx.Module):
 
 
 def add_bias(y: Array, bias: Array) -> Array:
-    """Adds a bias to each channel in float32 or better, in which its gradient, a sum over all pixels, is then summed."""
+    """Adds a bias to each channel in float32 or better, in which its gradient, a sum over pixels, is summed too."""
     wide = jnp.promote_types(y.dtype, jnp.float32)
     return (y.astype(wide) + bias.astype(wide)).astype(y.dtype)
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array
 
 from flax_vae.layers.conv import Clip, check_clip
 
@@ -27,7 +28,19 @@ class CausalGroupNorm(nnx.Module):
         check_clip(x, self.num_channels)
         wide = jnp.promote_types(x.dtype, jnp.float32)
         groups = x.astype(wide).reshape(*x.shape[:4], self.num_groups, self.num_channels // self.num_groups)
-        centred = groups - groups.mean(axis=(2, 3, 5), keepdims=True)
-        variance = jnp.square(centred).mean(axis=(2, 3, 5), keepdims=True)
-        y = (centred * jax.lax.rsqrt(variance + self.eps)).reshape(x.shape)
-        return (y * self.scale[...].astype(wide) + self.bias[...].astype(wide)).astype(x.dtype)
+        centred = groups - frame_mean(groups)
+        scale = jax.lax.rsqrt(frame_mean(jnp.square(centred)) + self.eps) * per_channel(self.scale[...], groups)
+        return (centred * scale + per_channel(self.bias[...], groups)).reshape(x.shape).astype(x.dtype)
+
+
+def frame_mean(groups: Array) -> Array:
+    """Averages (B, T, H, W, groups, channels) over the pixels and channels of each group in each frame.
+
+    One axis after the other: sums of sums round less than one long sum.
+    """
+    return groups.mean(axis=3, keepdims=True).mean(axis=2, keepdims=True).mean(axis=5, keepdims=True)
+
+
+def per_channel(parameter: Array, groups: Array) -> Array:
+    """Brings one value a channel to the axes and the dtype of (B, T, H, W, groups, channels)."""
+    return parameter.astype(groups.dtype).reshape(1, 1, 1, 1, *groups.shape[4:])
