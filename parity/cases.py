@@ -27,8 +27,8 @@ class Case:
 
     name: str
     shape: tuple[int, int, int, int, int]
-    flax: Callable[[], Any]
-    torch: Callable[[], Any]
+    build_flax: Callable[[], Any]
+    build_torch: Callable[[], Any]
     call_flax: Callable[[Any, jax.Array], Outputs]
     call_torch: Callable[[Any, torch.Tensor], Outputs]
     tolerance: float = LAYER_TOLERANCE
@@ -43,8 +43,10 @@ def layer(name: str, shape: tuple, class_name: str, *args, **kwargs) -> Case:
     return Case(
         name,
         shape,
-        flax=lambda: getattr(flax_vae, class_name)(*args, **kwargs, **({"rngs": nnx.Rngs(0)} if with_rngs else {})),
-        torch=lambda: getattr(torch_ref, class_name)(*args, **kwargs),
+        build_flax=lambda: getattr(flax_vae, class_name)(
+            *args, **kwargs, **({"rngs": nnx.Rngs(0)} if with_rngs else {})
+        ),
+        build_torch=lambda: getattr(torch_ref, class_name)(*args, **kwargs),
         call_flax=lambda module, x: {"y": only_output(module(x))},
         call_torch=lambda module, x: {"y": module(x)},
     )
@@ -62,7 +64,12 @@ def function(name: str, shape: tuple, call_flax: Callable, call_torch: Callable)
         return lambda _, x: result if isinstance(result := call(x), dict) else {"y": result}
 
     return Case(
-        name, shape, flax=lambda: None, torch=lambda: None, call_flax=named(call_flax), call_torch=named(call_torch)
+        name,
+        shape,
+        build_flax=lambda: None,
+        build_torch=lambda: None,
+        call_flax=named(call_flax),
+        call_torch=named(call_torch),
     )
 
 
@@ -126,8 +133,8 @@ def part(name: str, class_name: str, config: flax_vae.VAEConfig, shape: tuple) -
     """A row for the encoder or the decoder of a config."""
     return replace(
         layer(name, shape, class_name, None),
-        flax=lambda: getattr(flax_vae, class_name)(config, rngs=nnx.Rngs(0)),
-        torch=lambda: getattr(torch_ref, class_name)(torch_ref.VAEConfig.from_dict(config.to_dict())),
+        build_flax=lambda: getattr(flax_vae, class_name)(config, rngs=nnx.Rngs(0)),
+        build_torch=lambda: getattr(torch_ref, class_name)(torch_ref.VAEConfig.from_dict(config.to_dict())),
         tolerance=MODEL_TOLERANCE,
     )
 
@@ -142,8 +149,8 @@ def whole(name: str, config: flax_vae.VAEConfig, shape: tuple, **kwargs) -> Case
     return Case(
         name,
         shape,
-        flax=lambda: flax_vae.CausalVideoVAE(config, rngs=nnx.Rngs(0)),
-        torch=lambda: torch_ref.CausalVideoVAE.from_config(config.to_dict()),
+        build_flax=lambda: flax_vae.CausalVideoVAE(config, rngs=nnx.Rngs(0)),
+        build_torch=lambda: torch_ref.CausalVideoVAE.from_config(config.to_dict()),
         call_flax=call,
         call_torch=call,
         tolerance=MODEL_TOLERANCE,

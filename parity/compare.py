@@ -60,7 +60,7 @@ def rounded(values: np.ndarray, precision: str) -> np.ndarray:
 def draw(case: Case, precision: str, index: int = 0) -> Draw:
     """Draws the input (B T H W C) and every weight of a row, fresh by its name and index; none of them trivial."""
     rng = np.random.default_rng(zlib.crc32(f"{case.name} {index}".encode()))
-    module = case.torch()
+    module = case.build_torch()
     weights = {}
     for name, parameter in module.named_parameters() if isinstance(module, torch.nn.Module) else ():
         values = rng.standard_normal(tuple(parameter.shape))
@@ -80,7 +80,7 @@ def cotangent(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def run_torch(case: Case, draw: Draw, dtype: str, device: str = "cpu") -> Results:
     """Runs torch_ref: outputs, and the gradients for `cotangent`."""
-    module = case.torch()
+    module = case.build_torch()
     if isinstance(module, torch.nn.Module):
         module = module.to(device, DTYPES[dtype]).eval()
         module.load_state_dict({name: torch.from_numpy(value) for name, value in draw.weights.items()})
@@ -105,7 +105,7 @@ def to_numpy(value: torch.Tensor) -> np.ndarray:
 
 def ported(case: Case, weights: Tensors, dtype: str):
     """Builds our side of a row with torch's weights, carried over by the port that users run."""
-    module = nnx.eval_shape(case.flax) if weights else case.flax()
+    module = nnx.eval_shape(case.build_flax) if weights else case.build_flax()
     if weights:
         port.load(module, port.Arrays(weights), dtype)
         module.eval()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -52,11 +52,13 @@ class Departure:
     causes: tuple[str, ...] = ()
 
 
-def layer_at(model: nnx.Module, path: str):
+def layer_at(model: nnx.Module, path: str) -> Any:
     """Gives our layer at torch's attribute path; the names are the same."""
-    return reduce(
-        lambda module, name: module[int(name)] if name.isdigit() else getattr(module, name), path.split("."), model
-    )
+
+    def child(module: Any, name: str) -> Any:
+        return module[int(name)] if name.isdigit() else getattr(module, name)
+
+    return reduce(child, path.split("."), model)
 
 
 def difference(ours: np.ndarray, torchs: torch.Tensor) -> float:

@@ -7,6 +7,7 @@ mistake that reproduces its output names the cause. Shapes: B C T H W.
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
 import torch
@@ -27,7 +28,7 @@ class Mistake:
 
     cause: str
     layer: type
-    forward: Callable[..., Tensor]
+    forward: Callable[..., Any]
 
 
 def convolve(layer: CausalConv3d, x: Tensor, *, time: tuple[int, int] | None = None, **changes) -> Tensor:

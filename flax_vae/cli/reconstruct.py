@@ -53,7 +53,7 @@ def reconstruct(video: Video, out: Clip, weights: Weights, size: Size = None, fr
                 inputs.add(before)
                 outputs.add(after)
             meter.done(length)
-        title = video.name + f", 1 frame in {inputs.stride}" * (inputs.stride > 1)
+        title = video.name + f": 1 frame in {inputs.stride}, counted from 0" * (inputs.stride > 1)
         contact_sheet(sheet, inputs.frames, outputs.frames, title)
     clip.report(meter.frames)
     worst = int(np.argmin(quality))

@@ -58,7 +58,7 @@ class Meter:
         total = f"{counted(end[1])} in {end[0] - start[0]:.1f} s, compilation included"
         if settled == end:
             return total
-        return f"{(end[1] - settled[1]) / (end[0] - settled[0]):.2f} frames/s once compiled ({total})"
+        return f"{(end[1] - settled[1]) / (end[0] - settled[0]):.2f} frames/s ({total})"
 
 
 @contextmanager

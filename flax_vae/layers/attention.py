@@ -37,4 +37,5 @@ class Attention(nnx.Module):
 
 def linear(layer: nnx.Linear, x: Array) -> Array:
     """Applies a linear layer as nnx does, but with the bias added in float32 or better."""
-    return add_bias(x @ layer.kernel[...], layer.bias[...])
+    y = x @ layer.kernel[...]
+    return y if layer.bias is None else add_bias(y, layer.bias[...])

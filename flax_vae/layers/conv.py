@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -111,7 +112,7 @@ class CausalConv3d(nnx.Module):
         stride = (stride, 1, 1) if isinstance(stride, int) else stride
         self.conv = Conv3d(in_channels, out_channels, kernel_size, stride, 0, dilation, groups, bias, rngs=rngs)
         self.padding = causal_padding(kernel_size, dilation)
-        self.pad_mode = pad_mode
+        self.pad_mode: PadMode = pad_mode
 
     @property
     def span(self) -> int:
@@ -125,7 +126,8 @@ class CausalConv3d(nnx.Module):
         before = self.padding[0][0]
         if carry is None:
             check_start(x)
-            y = self._padded(x, self.padding, self.pad_mode if x.shape[1] > before else "constant")
+            mode: PadMode = self.pad_mode if x.shape[1] > before else "constant"
+            y = self._padded(x, self.padding, mode)
             return y, self._rest(x, y.shape[1] * self.conv.stride[0] - (self.span - 1))
         if self.pad_mode == "circular" and before:
             raise ValueError(
@@ -144,16 +146,18 @@ class CausalConv3d(nnx.Module):
                     f"{mode} padding of {max(pad)} needs more than {size} {axis}: use a larger clip or another pad_mode"
                 )
         x = jnp.pad(x, ((0, 0), *padding, (0, 0)), mode=_NUMPY_PAD_MODE[mode])
-        return self.conv.convolve(x, ((0, 0),) * 3)
+        return self.conv.convolve(x, ((0, 0), (0, 0), (0, 0)))
 
     def _extended(self, carry: Carry, x: Clip) -> Clip:
         if self.span == 1:
             return x
-        shape = getattr(carry, "shape", ())
-        if (shape[:1], shape[2:]) != (x.shape[:1], x.shape[2:]):
+        if not isinstance(carry, jax.Array | np.ndarray) or (carry.shape[:1], carry.shape[2:]) != (
+            x.shape[:1],
+            x.shape[2:],
+        ):
             raise ValueError(
-                f"a carry of shape {tuple(shape)} does not continue into a chunk of shape {x.shape}: "
-                "use the carry of the same stream"
+                f"a carry of shape {getattr(carry, 'shape', carry)} does not continue into a chunk of shape {x.shape}: "
+                "use the carry that the same stream returned last"
             )
         return jnp.concatenate([carry, x], axis=1)
 

@@ -1,7 +1,6 @@
 """The configuration of the VAE: the keys of the public config.json, checked."""
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from os import PathLike
@@ -86,8 +85,10 @@ class VAEConfig:
         unknown = sorted(key for key in values if key not in known and not key.startswith("_"))
         if unknown:
             raise ValueError(f"unknown config keys: {', '.join(unknown)}; a causal video VAE has no such settings")
-        given = {key: values[key] for key in known & set(values)}
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
+        given: dict[str, Any] = {}
+        for key in known & set(values):
+            given[key] = tuple(values[key]) if isinstance(values[key], list) else values[key]
+        return cls(**given)
 
     @classmethod
     def from_json(cls, path: str | PathLike) -> "VAEConfig":
@@ -119,13 +120,13 @@ class VAEConfig:
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Gives (t, h, w, channels) of a clip's latents; ValueError unless `frames` is temporal_factor * k + 1."""
-        size = (math.ceil(pixels / self.spatial_factor) for pixels in (height, width))
-        return latent_frames(frames, self.temporal_factor), *size, self.latent_channels
+        rows, columns = (-(-pixels // self.spatial_factor) for pixels in (height, width))
+        return latent_frames(frames, self.temporal_factor), rows, columns, self.latent_channels
 
     def video_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Gives (T, H, W, channels) of the clip that latents of this many frames, rows and columns decode to."""
-        size = (latents * self.spatial_factor for latents in (height, width))
-        return pixel_frames(frames, self.temporal_factor), *size, self.decoder_out_channels
+        rows, columns = (latents * self.spatial_factor for latents in (height, width))
+        return pixel_frames(frames, self.temporal_factor), rows, columns, self.decoder_out_channels
 
 
 def narrow(widths: tuple[int, ...], groups: int, encoder_layers: int, decoder_layers: int) -> VAEConfig:
