@@ -197,6 +197,7 @@ CASES = [
     layer("avgpool-3-stride-2-padding-1-not-counted", (1, 5, 7, 6, 3), "AvgPool3d", 3, 2, 1, count_include_pad=False),
     layer("avgpool-3-stride-2-ceil", (2, 6, 6, 4, 3), "AvgPool3d", 3, 2, ceil_mode=True),
     layer("avgpool-3-stride-2-padding-1-ceil", (1, 6, 5, 8, 3), "AvgPool3d", 3, 2, 1, ceil_mode=True),
+    layer("avgpool-ceil-no-window-in-padding", (1, 5, 5, 8, 3), "AvgPool3d", 2, 3, 1, ceil_mode=True),
     layer("avgpool-uneven-ceil", (1, 7, 6, 9, 3), "AvgPool3d", (2, 3, 4), (3, 1, 2), (1, 1, 2), True, False),
     padding(()),
     padding((1, 2)),

@@ -109,6 +109,7 @@ def test_views_and_transposed_and_trained_tensors_are_read_as_they_are(tmp_path)
     }
     torch.save(tensors, tmp_path / "some.pt")
     found = read(tmp_path / "some.pt")
+    assert all(f"torch.{found[key].dtype}" == str(x.dtype) for key, x in tensors.items())
     assert {key: array.shape for key, array in found.items()} == {key: tuple(x.shape) for key, x in tensors.items()}
     assert all(np.array_equal(found[key].astype(float), tensors[key].detach().double().numpy()) for key in tensors)
 

@@ -368,6 +368,13 @@ def test_what_is_saved_is_what_the_library_reads(tmp_path, arrays):
     }
 
 
+def test_strided_tensors_are_saved_as_they_look(tmp_path):
+    base = np.arange(60.0, dtype=np.float32)
+    arrays = {"every other": base[::2], "backwards": base[::-1], "transposed": base.reshape(3, 4, 5).transpose(2, 0, 1)}
+    checkpoint.save(tmp_path, CONFIG, port.Arrays(arrays))
+    assert same(read(tmp_path), arrays)
+
+
 def test_saved_tensors_are_aligned(tmp_path):
     arrays = {f"{i}": np.zeros(3, dtype) for i, dtype in enumerate(["float16", "float64", "bfloat16", "float32"])}
     checkpoint.save(tmp_path, CONFIG, port.Arrays(arrays))

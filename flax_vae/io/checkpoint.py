@@ -293,7 +293,7 @@ def write_safetensors(file: BinaryIO, tensors: Tensors) -> None:
     text += b" " * (-len(text) % 8)
     file.write(struct.pack("<Q", len(text)) + text)
     for key in keys:
-        file.write(np.ascontiguousarray(tensors.read(key)).reshape(-1).view(np.uint8).data)
+        file.write(tensors.read(key).ravel().view(np.uint8).data)
 
 
 def kind(path: Path) -> str:

@@ -6,7 +6,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array
 
-from flax_vae.layers.conv import Clip, add_bias
+from flax_vae.layers.conv import Clip, add_bias, wide_dtype
 from flax_vae.layers.norm import CausalGroupNorm
 
 
@@ -28,8 +28,7 @@ class Attention(nnx.Module):
         """Attends within every frame of (B, T, H, W, C); the shape stays."""
         pixels = rearrange(self.group_norm(x), "b t h w c -> b t (h w) c")
         query, key, value = (linear(layer, pixels) for layer in (self.to_q, self.to_k, self.to_v))
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        scores = jnp.einsum("btqc,btkc->btqk", query, key, preferred_element_type=wide) * x.shape[-1] ** -0.5
+        scores = jnp.einsum("btqc,btkc->btqk", query, key, preferred_element_type=wide_dtype(x)) * x.shape[-1] ** -0.5
         weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
         attended = linear(self.to_out[0], jnp.einsum("btqk,btkc->btqc", weights, value))
         return x + attended.reshape(x.shape)

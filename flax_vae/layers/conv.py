@@ -16,7 +16,7 @@ from flax_vae.layers.geometry import Pair, causal_padding, conv_output_size, tri
 
 PadMode = Literal["constant", "replicate", "reflect", "circular"]
 Padding = tuple[Pair, Pair, Pair]
-Clip = Float[Array, "b t h w c"]
+Clip = Float[Array, "b _ _ _ _"]  # B T H W C; a layer keeps the batch, and may change everything else
 Carry = Array | tuple[()] | None
 
 _NUMPY_PAD_MODE = {"replicate": "edge", "reflect": "reflect", "circular": "wrap"}
@@ -170,8 +170,13 @@ class CausalConv3d(nnx.Module):
 
 def add_bias(y: Array, bias: Array) -> Array:
     """Adds a bias to each channel in float32 or better, in which its gradient, a sum over pixels, is summed too."""
-    wide = jnp.promote_types(y.dtype, jnp.float32)
-    return (y.astype(wide) + bias.astype(wide)).astype(y.dtype)
+    bias = bias.astype(wide_dtype(y)).reshape((1,) * (y.ndim - 1) + bias.shape)
+    return (y.astype(bias.dtype) + bias).astype(y.dtype)
+
+
+def wide_dtype(x: Array) -> np.dtype:
+    """Gives the dtype in which sums over `x` are taken: float32 or better."""
+    return np.promote_types(x.dtype, np.float32)
 
 
 def check_clip(x: Array, channels: int) -> None:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from flax_vae.layers.conv import Clip, check_clip
+from flax_vae.layers.conv import Clip, check_clip, wide_dtype
 
 
 class CausalGroupNorm(nnx.Module):
@@ -26,8 +26,7 @@ class CausalGroupNorm(nnx.Module):
     def __call__(self, x: Clip) -> Clip:
         """Normalises (B, T, H, W, C) and returns it in the dtype it came in."""
         check_clip(x, self.num_channels)
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        groups = x.astype(wide).reshape(*x.shape[:4], self.num_groups, self.num_channels // self.num_groups)
+        groups = x.astype(wide_dtype(x)).reshape(*x.shape[:4], self.num_groups, self.num_channels // self.num_groups)
         centred = groups - frame_mean(groups)
         scale = jax.lax.rsqrt(frame_mean(jnp.square(centred)) + self.eps) * per_channel(self.scale[...], groups)
         return (centred * scale + per_channel(self.bias[...], groups)).reshape(x.shape).astype(x.dtype)

@@ -8,7 +8,7 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
-from flax_vae.layers.conv import CausalConv3d, Clip, check_clip, check_start
+from flax_vae.layers.conv import CausalConv3d, Clip, check_clip, check_start, wide_dtype
 from flax_vae.layers.geometry import triple
 
 
@@ -38,7 +38,7 @@ class AvgPool3d(nnx.Module):
         axes = zip(x.shape[1:4], self.kernel_size, self.stride, self.padding, strict=True)
         counts = [window_counts(*axis, self.ceil_mode, self.count_include_pad) for axis in axes]
         padding = [(0, 0), *map(self._around, range(3), x.shape[1:4], map(len, counts)), (0, 0)]
-        wide = jnp.promote_types(x.dtype, jnp.float32)
+        wide = wide_dtype(x)
         window, stride = (1, *self.kernel_size, 1), (1, *self.stride, 1)
         sums = jax.lax.reduce_window(x.astype(wide), np.zeros((), wide), jax.lax.add, window, stride, padding)
         area = np.einsum("t,h,w->thw", *counts)[None, ..., None]
@@ -53,7 +53,7 @@ class AvgPool3d(nnx.Module):
 def window_counts(size: int, kernel: int, stride: int, padding: int, ceil_mode: bool, include_pad: bool) -> np.ndarray:
     """Counts, for every pooling window along one axis, the elements that torch divides by.
 
-    With `ceil_mode` a last window may reach past the padding, but never starts there, and counts nothing beyond it.
+    With `ceil_mode` a last window may reach past the padding, where nothing counts, but never starts past the input.
     """
     room = size + 2 * padding - kernel
     if room < 0 and size:
@@ -62,7 +62,7 @@ def window_counts(size: int, kernel: int, stride: int, padding: int, ceil_mode: 
         )
     windows = (room + (stride - 1 if ceil_mode else 0)) // stride + 1 if size else 0
     starts = np.arange(windows) * stride - padding
-    starts = starts[starts < size + padding]
+    starts = starts[starts < size]
     if include_pad:
         return np.minimum(starts + kernel, size + padding) - starts
     return np.minimum(starts + kernel, size) - np.maximum(starts, 0)

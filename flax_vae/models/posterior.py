@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from flax_vae.layers.conv import wide_dtype
+
 Latents = Float[Array, "b t h w z"]
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -19,7 +21,7 @@ class DiagonalGaussian:
     logvar: Latents
 
     @classmethod
-    def from_moments(cls, moments: Float[Array, "b t h w 2z"]) -> "DiagonalGaussian":
+    def from_moments(cls, moments: Float[Array, "b t h w moments"]) -> "DiagonalGaussian":
         """Splits the channels into mean | logvar and clamps logvar to [-30, 20]; ValueError for an odd number."""
         if moments.shape[-1] % 2:
             raise ValueError(f"moments are mean | logvar, an even number of channels, got {moments.shape}")
@@ -45,7 +47,7 @@ class DiagonalGaussian:
 
         Summed over frames, rows and columns, averaged over batch and channels, as the public training does.
         """
-        wide = jnp.promote_types(self.mean.dtype, jnp.float32)
+        wide = wide_dtype(self.mean)
         mean, logvar = self.mean.astype(wide), self.logvar.astype(wide)
         terms = jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar
         return 0.5 * jnp.sum(terms, axis=(1, 2, 3)).mean()

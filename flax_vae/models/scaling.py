@@ -41,6 +41,7 @@ class LatentScaling:
         return latents / scale + shift
 
     def _per_frame(self, latents: Latents, start: bool):
-        is_first = (jnp.arange(latents.shape[1]) == 0)[:, None, None, None] & start
+        is_first = (jnp.arange(latents.shape[1]) == 0)[None, :, None, None, None] & start
         pairs = ((self.first_shift, self.rest_shift), (self.first_scale, self.rest_scale))
-        return [jnp.where(is_first, *(jnp.asarray(value, latents.dtype) for value in pair)) for pair in pairs]
+        per_channel = [[jnp.asarray(v, latents.dtype).reshape(1, 1, 1, 1, -1) for v in pair] for pair in pairs]
+        return [jnp.where(is_first, first, rest) for first, rest in per_channel]

@@ -2,7 +2,6 @@
 
 import math
 from os import PathLike
-from typing import Self
 
 import jax.numpy as jnp
 from flax import nnx
@@ -15,7 +14,7 @@ from flax_vae.models.decoder import Decoder
 from flax_vae.models.encoder import Encoder
 from flax_vae.models.posterior import DiagonalGaussian, Latents
 
-Video = Float[Array, "b t h w c"]
+Video = Float[Array, "b _ _ _ _"]  # B T H W C; only the batch is the same before and after
 
 
 class CausalVideoVAE(nnx.Module):
@@ -36,7 +35,7 @@ class CausalVideoVAE(nnx.Module):
     @classmethod
     def from_pretrained(
         cls, path_or_hub_name: str | PathLike, dtype: DTypeLike = jnp.float32, config: VAEConfig | None = None
-    ) -> Self:
+    ) -> "CausalVideoVAE":
         """Loads a checkpoint in the public torch layout, ready for inference (dropout off).
 
         Args:
