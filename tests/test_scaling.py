@@ -1,0 +1,69 @@
+"""Latents scaled for a diffusion model, against numpy: b batch, t frames, h w latent pixels, z channels."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_vae import LatentScaling
+
+PER_CHANNEL = LatentScaling((0.1, -0.2, 0.3), (2.0, 3.0, 4.0), (0.5, 0.6, -0.7), (0.25, 0.5, 0.75))
+
+
+@pytest.fixture
+def latents(noise):
+    return noise((2, 4, 3, 2, 3))
+
+
+def scaled(z, first, rest):
+    """Gives (z - shift) * scale frame by frame, each of `first` and `rest` a (shift, scale)."""
+    frames = [
+        (z[:, t] - np.asarray(shift)) * np.asarray(scale) for t, (shift, scale) in enumerate([first] + [rest] * 3)
+    ]
+    return np.stack(frames, axis=1)
+
+
+@pytest.mark.parametrize(("variant", "first"), [("flux", (-0.04, 1 / 1.8726)), ("sd3", (0.149, 1 / 1.8415))])
+def test_released_variants_scale_the_first_frame_apart(variant, first, latents):
+    y = LatentScaling.released(variant).normalize(latents)
+    assert np.allclose(y, scaled(np.asarray(latents), first, (-0.2343, 1 / 3.0986)), rtol=1e-5, atol=1e-6)
+
+
+def test_every_channel_may_have_its_own_statistics(latents):
+    wanted = scaled(np.asarray(latents), ((0.1, -0.2, 0.3), (2, 3, 4)), ((0.5, 0.6, -0.7), (0.25, 0.5, 0.75)))
+    assert np.allclose(PER_CHANNEL.normalize(latents), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scaling", [LatentScaling.released("flux"), PER_CHANNEL], ids=["flux", "per channel"])
+def test_later_chunk_has_no_first_frame(scaling, latents):
+    whole = scaling.normalize(latents)
+    later = scaling.normalize(latents[:, 2:], start=False)
+    assert np.array_equal(later, whole[:, 2:])
+    assert not np.allclose(scaling.normalize(latents[:, 2:]), whole[:, 2:], atol=1e-3)
+
+
+def test_image_is_a_first_frame(latents):
+    scaling = LatentScaling.released("sd3")
+    assert np.array_equal(scaling.normalize(latents[:, :1]), scaling.normalize(latents)[:, :1])
+
+
+@pytest.mark.parametrize("scaling", [LatentScaling.released("sd3"), PER_CHANNEL], ids=["sd3", "per channel"])
+@pytest.mark.parametrize("start", [True, False])
+def test_denormalize_undoes_normalize(scaling, start, latents):
+    y = scaling.normalize(latents, start)
+    assert np.allclose(scaling.denormalize(y, start), latents, rtol=1e-5, atol=1e-6)
+    assert not np.allclose(scaling.denormalize(y, not start), latents, atol=1e-3)
+
+
+def test_latents_keep_their_dtype_and_may_be_traced(latents):
+    scaling = LatentScaling.released("flux")
+    assert scaling.normalize(latents.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    assert scaling.denormalize(latents.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    assert np.allclose(jax.jit(scaling.normalize)(latents), scaling.normalize(latents), rtol=1e-6)
+    mapped = jax.vmap(lambda item: scaling.normalize(item[None])[0])(latents)
+    assert np.allclose(mapped, scaling.normalize(latents), rtol=1e-6)
+
+
+def test_unknown_variant_is_refused_with_the_known():
+    with pytest.raises(ValueError, match="one of flux, sd3, got 'sdxl'"):
+        LatentScaling.released("sdxl")
