@@ -1,46 +1,20 @@
-"""flax_vae: causal video VAEs in JAX, trainable and equal to their torch checkpoints."""
+"""flax_vae: causal video VAEs in JAX, trainable and equal to their torch checkpoints.
 
-from flax_vae.io.video import to_float, to_uint8
-from flax_vae.layers.attention import Attention
-from flax_vae.layers.blocks import DownBlock, MidBlock, UpBlock, thread
-from flax_vae.layers.conv import CausalConv3d, Conv3d
-from flax_vae.layers.geometry import causal_padding, conv_output_size, latent_frames, lax_padding, pixel_frames
-from flax_vae.layers.norm import CausalGroupNorm
-from flax_vae.layers.resample import AvgPool3d, SpatialDownsample, SpatialUpsample, TemporalDownsample, TemporalUpsample
-from flax_vae.layers.resnet import CausalResnetBlock
-from flax_vae.models.config import VAEConfig
-from flax_vae.models.decoder import Decoder
-from flax_vae.models.encoder import Encoder
-from flax_vae.models.posterior import DiagonalGaussian
-from flax_vae.models.scaling import LatentScaling
-from flax_vae.models.vae import CausalVideoVAE
+The public names are imported when the first of them is used, so that the command line answers before jax is loaded.
+"""
 
-__all__ = [
-    "Attention",
-    "AvgPool3d",
-    "CausalConv3d",
-    "CausalGroupNorm",
-    "CausalResnetBlock",
-    "CausalVideoVAE",
-    "Conv3d",
-    "Decoder",
-    "DiagonalGaussian",
-    "DownBlock",
-    "Encoder",
-    "LatentScaling",
-    "MidBlock",
-    "SpatialDownsample",
-    "SpatialUpsample",
-    "TemporalDownsample",
-    "TemporalUpsample",
-    "UpBlock",
-    "VAEConfig",
-    "causal_padding",
-    "conv_output_size",
-    "latent_frames",
-    "lax_padding",
-    "pixel_frames",
-    "thread",
-    "to_float",
-    "to_uint8",
-]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flax_vae.public import *  # noqa: F403
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__all__" or not name.startswith("_"):
+        return getattr(import_module("flax_vae.public"), name)
+    raise AttributeError(f"module 'flax_vae' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __getattr__("__all__")

@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import os
-from pathlib import Path
 
 import pytest
 
@@ -42,6 +40,7 @@ def torch_device(request) -> str:
 
 
 def pytest_terminal_summary(terminalreporter, config):
+    from flax_vae.io.files import replacing
     from parity import ledger
 
     reports = [report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)]
@@ -53,7 +52,6 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(line)
     if path := config.getoption("ledger"):
         record = {"device": ledger.device_name(config.getoption("device")), "versions": ledger.versions(), "rows": rows}
-        partial = Path(path).with_name(Path(path).name + ".partial")
-        partial.write_text(json.dumps(record, indent=1))
-        os.replace(partial, path)
+        with replacing(path) as part:
+            part.write_text(json.dumps(record, indent=1))
         terminalreporter.write_line(f"written to {path}")

@@ -18,7 +18,8 @@ from flax_vae.cli.model import load
 from flax_vae.cli.reconstruct import reconstruct
 from flax_vae.cli.screen import note, table
 from flax_vae.io.picture import psnr
-from flax_vae.io.video import read_clip, to_float
+from flax_vae.io.pixels import to_float
+from flax_vae.io.video import read_clip
 from flax_vae.runtime.stream import compiled
 from parity.compare import Results, check_no_worse, measure, ratio
 

@@ -20,7 +20,8 @@ from flax import nnx
 
 import flax_vae
 import torch_ref
-from flax_vae.io.video import fit_size, read_frames, to_float
+from flax_vae.io.pixels import fit_size, to_float
+from flax_vae.io.video import probe, read_frames
 from parity.compare import DTYPES
 from parity.mistakes import MISTAKES, made
 
@@ -130,8 +131,6 @@ def random_clip(frames: int, height: int, width: int, seed: int) -> np.ndarray:
 
 def read_video(path: Path, frames: int, size: int, multiple: int) -> np.ndarray:
     """Reads the first frames of a clip, brought to `size` pixels on the short side."""
-    from flax_vae.io.video import probe
-
     info = probe(path)
     fitted = fit_size(info.height, info.width, multiple, size)
     return to_float(np.stack(list(read_frames(path, fitted, frames))))[None].astype(np.float64)

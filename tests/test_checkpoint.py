@@ -14,12 +14,14 @@ import pytest
 import safetensors
 import safetensors.numpy
 from flax import nnx
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
 from flax_vae import CausalVideoVAE, VAEConfig
 from flax_vae.io import checkpoint, port
+from flax_vae.io.weights import DTYPES
+
+hypothesis = pytest.importorskip("hypothesis", reason="arrays are drawn by hypothesis: pip install hypothesis")
+hnp = pytest.importorskip("hypothesis.extra.numpy", reason="arrays are drawn by hypothesis: pip install hypothesis")
+st = hypothesis.strategies
 
 CONFIG = {"_class_name": "Anything", "widths": [3, 5]}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -252,7 +254,7 @@ def test_index_and_shards_must_agree(tmp_path):
         assert astray in message
     assert "a.weight" not in message
     (tmp_path / names["a.weight"]).unlink()
-    assert names["a.weight"] in refusal(tmp_path)
+    assert f"{index} names files that are not beside it, fetch them too: {names['a.weight']}" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth"])
@@ -267,8 +269,9 @@ def test_pickles_without_torch_say_what_to_install(tmp_path, monkeypatch, suffix
 
 
 def test_file_of_another_kind_is_refused(tmp_path):
-    (tmp_path / "weights.ckpt").write_bytes(b"anything")
-    assert "*.safetensors, *.bin" in refusal(tmp_path / "weights.ckpt")
+    path = tmp_path / "weights.ckpt"
+    path.write_bytes(b"anything")
+    assert f"{path} is no weights file: expected one named *.safetensors, *.bin, *.pt, *.pth," in refusal(path)
     assert "no weights" in refusal(tmp_path, FileNotFoundError)
 
 
@@ -345,7 +348,7 @@ def test_path_that_is_no_hub_name_is_not_looked_up(tmp_path, hub, monkeypatch, n
 
 ARRAYS = st.dictionaries(
     st.text(max_size=8),
-    st.sampled_from(list(checkpoint.DTYPES)).flatmap(
+    st.sampled_from(list(DTYPES)).flatmap(
         lambda dtype: hnp.arrays(np.uint8, hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=3)).map(
             lambda bits: np.resize(bits, (*bits.shape, np.dtype(dtype).itemsize)).view(dtype)[..., 0]
         )
@@ -354,8 +357,8 @@ ARRAYS = st.dictionaries(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@given(ARRAYS)
+@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture], deadline=None)
+@hypothesis.given(ARRAYS)
 def test_what_is_saved_is_what_the_library_reads(tmp_path, arrays):
     arrays.pop("__metadata__", None)
     checkpoint.save(tmp_path, CONFIG, port.Arrays(arrays))

@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import signal
 import subprocess
 import sys
 from fractions import Fraction
@@ -34,6 +35,14 @@ def no_compilation_cache(monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # given, so it wins; empty, so there is none
 
 
+@pytest.fixture(autouse=True)
+def own_sigterm():
+    """Gives the process its own way of ending back."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Holds `vae`, a checkpoint of random weights, and `other`, one of another config."""
@@ -51,7 +60,7 @@ def folder(tmp_path_factory) -> Path:
 def clip(folder) -> Path:
     """A clip with an odd number of odd-sized frames, stored without loss."""
     pytest.importorskip("av", reason="video files need PyAV")
-    from flax_vae.io.video import VideoWriter
+    from flax_vae.io.writer import VideoWriter
 
     steps = np.random.default_rng(2).integers(-40, 40, (FRAMES, 6, 9, 3)).cumsum(axis=0) % 256
     frames = np.repeat(np.repeat(steps, 7, axis=1), 7, axis=2)[:, :HEIGHT, :WIDTH].astype(np.uint8)
@@ -202,9 +211,9 @@ def test_port_that_wrote_one_wrong_bit_fails_and_leaves_no_trace(run, folder, tm
 def test_encode_and_decode_of_ten_frames_give_ten_frames_as_the_whole_clip_would(
     run, folder, clip, tmp_path, monkeypatch
 ):
-    from flax_vae.io import video
+    from flax_vae.io import video, writer
 
-    monkeypatch.setattr(video, "VideoWriter", functools.partial(video.VideoWriter, lossless=True))
+    monkeypatch.setattr(writer, "VideoWriter", functools.partial(writer.VideoWriter, lossless=True))
     latents, out = tmp_path / "clip.safetensors", tmp_path / "clip.mkv"
     code, _, err = run("encode", clip, latents, "--weights", folder / "vae", "--frames", 10)
     assert code == 0
@@ -264,7 +273,7 @@ def test_reconstruct_writes_clip_and_sheet_and_states_the_psnr_of_the_whole_clip
         (["reconstruct", "{clip}", "{out}/a.gif", "--weights", "{vae}"], "a.gif: expected a name that ends in .mp4"),
         (["reconstruct", "{clip}", "{out}/no/a.mp4", "--weights", "{vae}"], "there is no folder"),
         (["reconstruct", "{clip}", "{clip}", "--weights", "{vae}"], "is the file that is read"),
-        (["reconstruct", "{clip}", "{out}/a.mp4", "--weights", "{text}"], "text.mp4"),
+        (["reconstruct", "{clip}", "{out}/a.mp4", "--weights", "{text}"], "text.mp4 is no weights file"),
         (["reconstruct", "{clip}", "{out}/a.mp4", "--weights", "{vae}", "--size", "4"], "multiples of 8"),
         (["reconstruct", "{clip}", "{out}/a.mp4", "--weights", "{vae}", "--size", "4by4"], "expected the short side"),
         (["encode", "{clip}", "{out}/a.mp4", "--weights", "{vae}"], "expected a name that ends in .safetensors"),
@@ -291,13 +300,27 @@ def test_usage_errors_exit_with_2(run):
 
 
 @pytest.mark.parametrize("command", ["encode", "reconstruct"])
-def test_an_interrupted_command_exits_with_130_and_leaves_no_trace(run, folder, clip, tmp_path, monkeypatch, command):
+@pytest.mark.parametrize(
+    ("number", "expected", "said"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_a_command_that_is_stopped_says_so_and_leaves_no_trace(
+    run, folder, clip, tmp_path, monkeypatch, command, number, expected, said
+):
+    held = []
+
+    def stopped_stream(step, chunks):
+        for chunk in chunks:
+            yield step(chunk, None)[0]
+            held.extend(tmp_path.iterdir())
+            signal.raise_signal(number)
+
     monkeypatch.setattr("os._exit", sys.exit)
-    monkeypatch.setattr("flax_vae.runtime.stream.stream", interrupted_stream)
+    monkeypatch.setattr("flax_vae.runtime.stream.stream", stopped_stream)
     out = tmp_path / ("a.mp4" if command == "reconstruct" else "a.safetensors")
     code, _, err = run(command, clip, out, "--weights", folder / "vae")
-    assert code == 130
-    assert "interrupted" in err
+    assert code == expected
+    assert said in err
+    assert bool(held) == (command == "reconstruct")  # which had begun to write
     assert not list(tmp_path.iterdir())
 
 
@@ -352,5 +375,5 @@ def test_samples_of_a_long_clip_are_evenly_spaced_and_few():
     for i in range(1000):
         samples.add(np.array(i))
     assert samples.stride == 8
-    assert [int(frame) for frame in samples.frames] == list(range(0, 1000, 8))
+    assert [int(frame) for frame in samples.frames] == list(samples.numbers) == list(range(0, 1000, 8))
     assert len(samples.frames) <= SAMPLES

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from flax_vae.io.picture import contact_sheet, psnr
-from flax_vae.io.video import to_float
+from flax_vae.io.picture import contact_sheet, pooled_psnr, psnr
+from flax_vae.io.pixels import to_float
 
 matplotlib = pytest.importorskip("matplotlib", reason="contact sheets need matplotlib: pip install matplotlib")
 
@@ -50,6 +50,13 @@ def test_psnr_of_a_difference_of_one_level_is_48_db():
     assert psnr(a, a + 1) == pytest.approx(48.1308, abs=1e-3)
 
 
+def test_psnr_of_a_clip_pools_the_errors_of_its_frames():
+    a, b = clip(5, 8, 9, seed=1), clip(5, 8, 9, seed=2)
+    b[1], b[3] = a[1], a[3] // 2
+    assert pooled_psnr([psnr(x, y) for x, y in zip(a, b, strict=True)]) == pytest.approx(psnr(a, b), abs=1e-9)
+    assert pooled_psnr([math.inf, math.inf]) == math.inf
+
+
 @pytest.mark.parametrize(
     ("a", "b"),
     [(clip(2, 8, 9), clip(2, 8, 8)), (clip(2, 8, 9), to_float(clip(2, 8, 9))), (clip(0, 8, 9), clip(0, 8, 9))],
@@ -69,13 +76,19 @@ def test_rows_are_input_reconstruction_and_amplified_difference(tmp_path):
     assert (left, right) == below[2:] == last[2:]
 
 
-def test_names_and_numbers_belong_to_the_frames_shown(tmp_path, monkeypatch):
+@pytest.fixture
+def words(monkeypatch):
+    """The words of the sheet, in the order in which they are written."""
     from matplotlib.figure import Figure
 
     words, write = [], Figure.text
     monkeypatch.setattr(
         Figure, "text", lambda figure, x, y, text, **style: words.append(text) or write(figure, x, y, text)
     )
+    return words
+
+
+def test_names_and_numbers_belong_to_the_frames_shown(tmp_path, words):
     a = clip(9, 30, 40) // 4
     b = a + np.arange(1, 10, dtype=np.uint8)[:, None, None, None]
     draw(tmp_path, a, b, title="A clip", columns=3)
@@ -85,6 +98,15 @@ def test_names_and_numbers_belong_to_the_frames_shown(tmp_path, monkeypatch):
     assert "difference \N{MULTIPLICATION SIGN}16" in words
     assert f"PSNR {psnr(a, b):.2f} dB over all" in words[1]
     assert "3 of 9 frames, 40" in words[1]
+
+
+def test_samples_of_a_longer_clip_carry_its_numbers_and_its_psnr(tmp_path, words):
+    a = clip(9, 30, 40) // 4
+    b = a + np.arange(1, 10, dtype=np.uint8)[:, None, None, None]
+    draw(tmp_path, a, b, numbers=range(0, 36, 4), quality=12.346, columns=3)
+    assert {f"frame {4 * i}\n{20 * math.log10(255 / (i + 1)):.2f} dB" for i in (0, 4, 8)} < set(words)
+    assert words[1].startswith("frames from 0 to 32, 40")
+    assert words[1].endswith("PSNR 12.35 dB over the whole clip")
 
 
 @pytest.mark.parametrize(("frames", "columns", "expected"), [(1, 6, 1), (2, 6, 2), (17, 4, 4), (3, 9, 3)])
@@ -132,6 +154,7 @@ def test_equal_clips_and_float_clips_can_be_drawn(tmp_path):
         ("sheet.png", clip(4, 8, 8), {}, ValueError, "expected .T, H, W, 3. twice"),
         ("sheet.png", clip(3, 8, 8).astype(int), {}, ValueError, "int64"),
         ("sheet.png", clip(3, 8, 8), {"columns": 0}, ValueError, "columns=0"),
+        ("sheet.png", clip(3, 8, 8), {"numbers": [0, 4]}, ValueError, "2 numbers for 3 frames"),
         ("none/sheet.png", clip(3, 8, 8), {}, FileNotFoundError, "create it first"),
     ],
 )

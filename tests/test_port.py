@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given
-from hypothesis import strategies as st
 
 from flax_vae import Attention, CausalConv3d, CausalGroupNorm, CausalResnetBlock, CausalVideoVAE, Conv3d, VAEConfig
 from flax_vae.io import port
+
+hypothesis = pytest.importorskip("hypothesis", reason="names are drawn by hypothesis: pip install hypothesis")
+given, st = hypothesis.given, hypothesis.strategies
 
 DTYPES = ["float64", "float32", "float16", "bfloat16"]
 RESNET_SHAPES = {

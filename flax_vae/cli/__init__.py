@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Union
@@ -20,17 +21,23 @@ class CheckFailed(Exception):
     """Results that should agree do not."""
 
 
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end, by SIGTERM; cleaned up after like an interrupt."""
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command in `args`, by default those of the process, and ends the process.
 
-    Exit codes: 0 done, 1 a check failed, 2 wrong usage or input, 130 interrupted. Anything else is a bug and shows
-    its traceback.
+    Exit codes: 0 done, 1 a check failed, 2 wrong usage or input, 130 interrupted, 143 terminated. Anything else is
+    a bug and shows its traceback.
     """
+    signal.signal(signal.SIGTERM, terminate)
     try:
         run(list(sys.argv[1:] if args is None else args))
-    except KeyboardInterrupt:
-        print("flax-vae: interrupted; nothing half-written is left", file=sys.stderr, flush=True)
-        os._exit(130)  # at once: XLA may be compiling in a thread, and Python's own way out crashes under it
+    except KeyboardInterrupt as stop:
+        what, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
+        print(f"flax-vae: {what}; nothing half-written is left", file=sys.stderr, flush=True)
+        os._exit(code)  # at once: XLA may be compiling in a thread, and Python's own way out crashes under it
     except CheckFailed as error:
         fail(str(error), 1)
     except ModuleNotFoundError as error:
@@ -42,6 +49,11 @@ def main(args: Sequence[str] | None = None) -> None:
             raise
         fail(f"out of memory; give a smaller --size ({str(error).splitlines()[0]})", 2)
     sys.exit(0)
+
+
+def terminate(*_) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would cut the cleaning up short
+    raise Terminated
 
 
 def run(args: list[str]) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flax_vae.cli.screen import counted, note
+from flax_vae.io import files
 
 if TYPE_CHECKING:
     from flax_vae.models.config import VAEConfig
@@ -68,7 +69,8 @@ class Clip:
 
 def open_clip(path: Path, config: VAEConfig, size: str | None, frames: int | None) -> Clip:
     """Finds out what a clip holds and decides its size, and says so; ValueError for a clip or size that will not do."""
-    from flax_vae.io.video import fit_size, probe
+    from flax_vae.io.pixels import fit_size
+    from flax_vae.io.video import probe
 
     if frames is not None and frames < 1:
         raise ValueError(f"--frames {frames}: expected 1 or more")
@@ -105,9 +107,6 @@ def check_target(path: Path, suffixes: Sequence[str], source: Path) -> None:
     """Raises unless a file with one of these suffixes can be written to `path`, and is not the one that is read."""
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"{path}: expected a name that ends in {' or '.join(suffixes)}")
-    if path.is_dir():
-        raise ValueError(f"{path}: is a folder; add a file name")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {path.parent}; create it first")
+    files.check_target(path)
     if path.exists() and source.exists() and os.path.samefile(path, source):
         raise ValueError(f"{path}: is the file that is read; write to another one")

@@ -25,7 +25,8 @@ def decode(latents: In, out: Clip, weights: Weights) -> None:
     Example:
       flax-vae decode clip.safetensors clip_again.mp4 --weights my_vae
     """
-    from flax_vae.io.video import SUFFIXES, VideoWriter, to_uint8
+    from flax_vae.io.pixels import to_uint8
+    from flax_vae.io.writer import SUFFIXES, VideoWriter
 
     check_target(out, SUFFIXES, latents)
     source, config = load_latents(latents), read_config(weights)

@@ -32,7 +32,7 @@ def encode(video: Video, out: Out, weights: Weights, size: Size = None, frames: 
     clip = open_clip(video, config, size, frames)
     vae = load(weights)
 
-    from flax_vae.io.video import to_float
+    from flax_vae.io.pixels import to_float
     from flax_vae.layers.geometry import latent_frames
     from flax_vae.runtime.stream import compiled, stream
 

@@ -28,7 +28,7 @@ def save(path: Path, latents: Latents) -> None:
     """Writes latents; the file takes its name when it is complete."""
     from safetensors.numpy import save as serialize
 
-    from flax_vae.io.video import replacing
+    from flax_vae.io.files import replacing
 
     about = {name: str(getattr(latents, name)) for name in ("frames", "height", "width", "fps", "config")}
     tensors = {name: np.ascontiguousarray(getattr(latents, name)) for name in ("mean", "logvar")}

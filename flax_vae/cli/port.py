@@ -20,7 +20,7 @@ from flax_vae.cli.screen import note, table
 
 if TYPE_CHECKING:
     from flax_vae.io.checkpoint import Checkpoint as Source
-    from flax_vae.io.checkpoint import Tensors
+    from flax_vae.io.weights import Tensors
     from flax_vae.models.config import VAEConfig
 
 Target = Annotated[Path, Positional, arg(metavar="DST", help="folder to write")]

@@ -27,8 +27,9 @@ def reconstruct(video: Video, out: Clip, weights: Weights, size: Size = None, fr
     """
     import matplotlib  # noqa: F401  # needed last of all, so a missing one would be noticed too late
 
-    from flax_vae.io.picture import contact_sheet, psnr
-    from flax_vae.io.video import SUFFIXES, VideoWriter, to_float, to_uint8
+    from flax_vae.io.picture import contact_sheet, pooled_psnr, psnr
+    from flax_vae.io.pixels import to_float, to_uint8
+    from flax_vae.io.writer import SUFFIXES, VideoWriter
 
     sheet = out.with_suffix(".png")
     check_target(out, SUFFIXES, video)
@@ -53,8 +54,7 @@ def reconstruct(video: Video, out: Clip, weights: Weights, size: Size = None, fr
                 inputs.add(before)
                 outputs.add(after)
             meter.done(length)
-        title = video.name + f": 1 frame in {inputs.stride}, counted from 0" * (inputs.stride > 1)
-        contact_sheet(sheet, inputs.frames, outputs.frames, title)
+        contact_sheet(sheet, inputs.frames, outputs.frames, video.name, inputs.numbers, pooled_psnr(quality))
     clip.report(meter.frames)
     worst = int(np.argmin(quality))
     rows = [
@@ -73,6 +73,11 @@ class Samples:
     def __init__(self):
         self.frames: list[np.ndarray] = []
         self.stride, self._seen = 1, 0
+
+    @property
+    def numbers(self) -> range:
+        """Which frames of the clip are kept, counted from 0."""
+        return range(0, len(self.frames) * self.stride, self.stride)
 
     def add(self, frame: np.ndarray) -> None:
         """Looks at the next frame and keeps a copy where its turn has come."""

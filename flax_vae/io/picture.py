@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from flax_vae.io.video import PathLike, replacing, to_uint8
+from flax_vae.io.files import PathLike, replacing
+from flax_vae.io.pixels import to_uint8
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 INK, FAINT = "#1a1a1a", "#767676"
@@ -33,13 +35,26 @@ def psnr(a: ArrayLike, b: ArrayLike) -> float:
     return float(10 * math.log10(_peak(a) ** 2 / error)) if error else math.inf
 
 
+def pooled_psnr(frames: Sequence[float]) -> float:
+    """Gives the PSNR of a clip in dB from those of its frames: their mean squared errors are averaged."""
+    error = math.fsum(10 ** (-value / 10) for value in frames) / len(frames)
+    return -10 * math.log10(error) if error else math.inf
+
+
 def contact_sheet(
-    path: PathLike, inputs: ArrayLike, outputs: ArrayLike, title: str | None = None, columns: int = 6
+    path: PathLike,
+    inputs: ArrayLike,
+    outputs: ArrayLike,
+    title: str | None = None,
+    numbers: Sequence[int] | None = None,
+    quality: float | None = None,
+    columns: int = 6,
 ) -> None:
     """Writes a PNG with up to `columns` frames, evenly chosen: input, reconstruction and their difference, with PSNR.
 
     `inputs` and `outputs` are (T, H, W, 3), uint8 or floats in [-1, 1]. The difference is absolute, by channel, times
-    the factor that is printed. One or two upright frames stand side by side, the others in three rows.
+    the factor that is printed. One or two upright frames stand side by side, the others in three rows. Where they are
+    but samples of a clip, `numbers` are their places in it and `quality` is the PSNR of the whole clip in dB.
     """
     if not str(path).lower().endswith(".png"):
         raise ValueError(f"{path}: a contact sheet is a PNG; end the name in .png")
@@ -48,12 +63,16 @@ def contact_sheet(
     a, b = (x if x.dtype == np.uint8 else to_uint8(x) for x in (np.asarray(inputs), np.asarray(outputs)))
     if a.shape != b.shape or a.ndim != 4 or a.shape[-1] != 3 or not a.size:
         raise ValueError(f"got frames {a.shape} and {b.shape}, expected (T, H, W, 3) twice")
+    if numbers is not None and len(numbers) != len(a):
+        raise ValueError(f"got {len(numbers)} numbers for {len(a)} frames, expected one for each")
     frames, height, width, _ = a.shape
     shown = np.linspace(0, frames - 1, min(columns, frames)).round().astype(int)
     difference, factor = _amplified(a[shown], b[shown])
     kinds = ["input", "reconstruction", f"difference {TIMES}{factor}"]
-    names = [f"frame {i}\n{_decibels(psnr(a[i], b[i]))}" for i in shown]
-    subtitle = f"{len(shown)} of {frames} frames, {width} {TIMES} {height}, PSNR {_decibels(psnr(a, b))} over all"
+    names = [f"frame {i if numbers is None else numbers[i]}\n{_decibels(psnr(a[i], b[i]))}" for i in shown]
+    count = f"{len(shown)} of {frames} frames" if numbers is None else f"frames from {numbers[0]} to {numbers[-1]}"
+    overall = f"{_decibels(psnr(a, b))} over all" if quality is None else f"{_decibels(quality)} over the whole clip"
+    subtitle = f"{count}, {width} {TIMES} {height}, PSNR {overall}"
     grid = np.stack([a[shown], b[shown], difference])
     if len(shown) < 3 and len(shown) * width < 1.5 * height:
         _draw(path, grid.swapaxes(0, 1), names, kinds, title, subtitle)

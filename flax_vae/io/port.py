@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, DTypeLike
 
-from flax_vae.io.checkpoint import DTYPES, Spec, Tensors
+from flax_vae.io.weights import DTYPES, Spec, Tensors
 from flax_vae.layers.conv import Conv3d
 from flax_vae.layers.norm import CausalGroupNorm
 

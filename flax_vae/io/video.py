@@ -1,6 +1,6 @@
-"""Video files in and out through PyAV (FFmpeg), frame by frame; sound is neither read nor written.
+"""Reads video files and images through PyAV (FFmpeg), frame by frame; sound is not read.
 
-T frames, H W pixels, always RGB. A file holds uint8, a model sees float in [-1, 1].
+T frames, H W pixels, always RGB.
 """
 
 from __future__ import annotations
@@ -10,18 +10,14 @@ import dataclasses
 import itertools
 import os
 import re
-import uuid
 from collections.abc import Iterator
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
-SUFFIXES = (".mp4", ".mkv", ".mov")
-PathLike = str | os.PathLike[str]
-Size = tuple[int, int]
+from flax_vae.io.files import PathLike
+from flax_vae.io.pixels import Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,126 +58,11 @@ def read_clip(path: PathLike, size: Size | None = None, frames: int | None = Non
     return np.stack(list(read_frames(path, size, frames)))
 
 
-def fit_size(height: int, width: int, multiple: int, size: int | Size | None = None) -> Size:
-    """Gives the (height, width) to bring a clip to: both divisible by `multiple`; what is over is to be cropped.
+def accurate():
+    """Gives how to convert between RGB and YUV: the default is quicker, and makes 253 of white."""
+    from av.video.reformatter import Interpolation
 
-    `size` is the short side in pixels, or (height, width), or None for the clip's own size. A clip smaller than
-    `multiple` is scaled up to it; a smaller `size` is a ValueError.
-    """
-    if min(height, width, multiple) < 1:
-        raise ValueError(f"height={height}, width={width}, multiple={multiple}: expected 1 or more each")
-    if size is not None and min((size,) if isinstance(size, int) else size) < multiple:
-        raise ValueError(f"size={size}: too small, this model takes multiples of {multiple} pixels from {multiple} on")
-    if size is None or isinstance(size, int):
-        short = min(height, width)
-        scale = Fraction(size or max(short, multiple), short)
-        height, width = round(height * scale), round(width * scale)
-    else:
-        height, width = size
-    return height // multiple * multiple, width // multiple * multiple
-
-
-def to_float(frames: ArrayLike) -> np.ndarray:
-    """Maps uint8 frames of any shape to float32 in [-1, 1]: 0 to -1, 255 to 1; ValueError for another dtype."""
-    frames = np.asarray(frames)
-    if frames.dtype != np.uint8:
-        raise ValueError(f"frames are {frames.dtype}, expected uint8: pixels from 0 to 255")
-    return frames.astype(np.float32) / np.float32(127.5) - np.float32(1)
-
-
-def to_uint8(frames: ArrayLike) -> np.ndarray:
-    """Maps float frames in [-1, 1] to the nearest uint8 and clips the rest; ValueError for integers and NaN."""
-    frames = np.asarray(frames)
-    if frames.dtype.kind in "iub":
-        raise ValueError(f"frames are {frames.dtype}, expected floats in [-1, 1]")
-    frames = frames.astype(np.float32)
-    if np.isnan(frames).any():
-        raise ValueError("frames hold NaN: the weights are damaged, or their precision overflows; try float32")
-    return np.rint((np.clip(frames, -1, 1) + 1) * np.float32(127.5)).astype(np.uint8)
-
-
-class VideoWriter:
-    """Writes uint8 RGB frames to an H.264 file that takes its name, or replaces an older one, only when complete.
-
-    `with VideoWriter(path, fps, height, width) as writer: writer.write(frames)`. By default yuv420p, BT.709, CRF 16:
-    plays everywhere, needs even sizes. `lossless` is RGB: exact, any size, larger, played by few. ValueError for a
-    suffix other than .mp4, .mkv, .mov, or where no frame was written; FileNotFoundError for a missing folder.
-    """
-
-    def __init__(self, path: PathLike, fps: Fraction | float, height: int, width: int, lossless: bool = False):
-        self.path, self.shape, self.lossless, self.frames = Path(path), (height, width, 3), lossless, 0
-        _check_target(self.path)
-        if self.path.suffix.lower() not in SUFFIXES:
-            raise ValueError(f"{path}: cannot write '{self.path.suffix}' files; use one of {', '.join(SUFFIXES)}")
-        if not 0.001 <= fps <= 1000:
-            raise ValueError(f"fps={fps}: expected frames per second from 0.001 to 1000")
-        if min(height, width) < 2 or (not lossless and (height % 2 or width % 2)):
-            raise ValueError(f"{height}x{width}: yuv420p needs an even height and width; crop, or use lossless=True")
-        self.fps = Fraction(fps).limit_denominator(1001)
-
-    def __enter__(self) -> VideoWriter:
-        import av
-
-        with contextlib.ExitStack() as stack:
-            part = stack.enter_context(replacing(self.path))
-            self._container = stack.enter_context(av.open(f"file:{part}", "w"))
-            self._stream: Any = self._container.add_stream("libx264rgb" if self.lossless else "libx264", rate=self.fps)
-            self._stream.height, self._stream.width, _ = self.shape
-            self._stream.pix_fmt = "rgb24" if self.lossless else "yuv420p"
-            self._stream.options = {"qp": "0"} if self.lossless else {"crf": "16"}
-            if not self.lossless:
-                codec = self._stream.codec_context
-                codec.colorspace = codec.color_primaries = codec.color_trc = codec.color_range = 1  # BT.709, limited
-            stack.push(self._finish)
-            self._stack = stack.pop_all()
-        return self
-
-    def write(self, frames: np.ndarray) -> None:
-        """Appends one uint8 (H, W, 3) frame or several (T, H, W, 3)."""
-        if frames.dtype != np.uint8 or frames.ndim not in (3, 4) or frames.shape[-3:] != self.shape:
-            raise ValueError(f"got {frames.dtype} {frames.shape}, expected uint8 {self.shape}, or several of them")
-        for frame in frames.reshape(-1, *self.shape):
-            self._container.mux(self._stream.encode(self._picture(frame)))
-            self.frames += 1
-
-    def __exit__(self, *exception) -> bool | None:
-        return self._stack.__exit__(*exception)
-
-    def _picture(self, pixels):
-        import av
-        from av.video.reformatter import ColorRange, Colorspace
-
-        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-        if not self.lossless:
-            matrix = {"dst_colorspace": Colorspace.ITU709, "dst_color_range": ColorRange.MPEG}
-            frame = frame.reformat(format="yuv420p", interpolation=_accurate(), **matrix)
-        frame.pts, frame.time_base = self.frames, 1 / self.fps
-        return frame
-
-    def _finish(self, failure, *_):
-        if failure is None:
-            if not self.frames:
-                raise ValueError(f"{self.path}: no frame was written, so no file is left; write() at least one")
-            self._container.mux(self._stream.encode())
-
-
-@contextlib.contextmanager
-def replacing(path: PathLike) -> Iterator[Path]:
-    """Gives a temporary path beside `path`, same suffix; renamed to `path` at a clean exit, removed at any other."""
-    _check_target(path)
-    part = Path(path).with_name(f".{uuid.uuid4().hex}{Path(path).suffix}")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _check_target(path):
-    if os.path.isdir(path):
-        raise ValueError(f"{path}: is a folder; add a file name")
-    if not Path(path).parent.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {Path(path).parent}; create it first")
+    return Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
 
 def _check_source(path):
@@ -286,7 +167,7 @@ def _upright_pixels(frame, size):
         scale = 1
     height, width = max(size[0], round(height * scale)), max(size[1], round(width * scale))
     stored = (width, height) if _quarters(frame) % 2 else (height, width)
-    picture = frame.reformat(height=stored[0], width=stored[1], format="rgb24", interpolation=_accurate())
+    picture = frame.reformat(height=stored[0], width=stored[1], format="rgb24", interpolation=accurate())
     top, left = (height - size[0]) // 2, (width - size[1]) // 2
     pixels = np.rot90(picture.to_ndarray(), _quarters(frame))
     return np.ascontiguousarray(pixels[top : top + size[0], left : left + size[1]])
@@ -294,13 +175,6 @@ def _upright_pixels(frame, size):
 
 def _quarters(frame):
     return round(frame.rotation / 90)  # counterclockwise, as in np.rot90
-
-
-def _accurate():
-    from av.video.reformatter import Interpolation
-
-    # the default is quicker, and makes 253 of white
-    return Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
 
 def _fraction(rational):

@@ -26,7 +26,10 @@ class DiagonalGaussian:
         if moments.shape[-1] % 2:
             raise ValueError(f"moments are mean | logvar, an even number of channels, got {moments.shape}")
         mean, logvar = jnp.split(moments, 2, axis=-1)
-        return cls(mean, jnp.clip(logvar, *LOGVAR_RANGE))
+        lowest, highest = LOGVAR_RANGE
+        # Not jnp.clip, whose gradient is a half where a value is just at the limit; torch's is one.
+        logvar = jnp.where(logvar < lowest, lowest, jnp.where(logvar > highest, highest, logvar))
+        return cls(mean, logvar)
 
     @property
     def std(self) -> Latents:

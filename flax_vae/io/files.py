@@ -1,0 +1,34 @@
+"""Files that take their names only when they are complete, so that a failure leaves nothing half-written."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PathLike = str | os.PathLike[str]
+
+
+@contextmanager
+def replacing(path: PathLike) -> Iterator[Path]:
+    """Gives a temporary path beside `path`, same suffix; renamed to `path` at a clean exit, removed at any other.
+
+    Raises what `check_target` raises.
+    """
+    check_target(path)
+    part = Path(path).with_name(f".{uuid.uuid4().hex}{Path(path).suffix}")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def check_target(path: PathLike) -> None:
+    """Raises ValueError where `path` is a folder, FileNotFoundError where the folder it would be in is missing."""
+    if os.path.isdir(path):
+        raise ValueError(f"{path}: is a folder; add a file name")
+    if not Path(path).parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {Path(path).parent}; create it first")

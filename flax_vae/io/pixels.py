@@ -1,0 +1,48 @@
+"""Pixels as files hold them, uint8, and as a model sees them, floats in [-1, 1]; and the size of a clip for a model."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+Size = tuple[int, int]
+
+
+def fit_size(height: int, width: int, multiple: int, size: int | Size | None = None) -> Size:
+    """Gives the (height, width) to bring a clip to: both divisible by `multiple`; what is over is to be cropped.
+
+    `size` is the short side in pixels, or (height, width), or None for the clip's own size. A clip smaller than
+    `multiple` is scaled up to it; a smaller `size` is a ValueError.
+    """
+    if min(height, width, multiple) < 1:
+        raise ValueError(f"height={height}, width={width}, multiple={multiple}: expected 1 or more each")
+    if size is not None and min((size,) if isinstance(size, int) else size) < multiple:
+        raise ValueError(f"size={size}: too small, this model takes multiples of {multiple} pixels from {multiple} on")
+    if size is None or isinstance(size, int):
+        short = min(height, width)
+        scale = Fraction(size or max(short, multiple), short)
+        height, width = round(height * scale), round(width * scale)
+    else:
+        height, width = size
+    return height // multiple * multiple, width // multiple * multiple
+
+
+def to_float(frames: ArrayLike) -> np.ndarray:
+    """Maps uint8 frames of any shape to float32 in [-1, 1]: 0 to -1, 255 to 1; ValueError for another dtype."""
+    frames = np.asarray(frames)
+    if frames.dtype != np.uint8:
+        raise ValueError(f"frames are {frames.dtype}, expected uint8: pixels from 0 to 255")
+    return frames.astype(np.float32) / np.float32(127.5) - np.float32(1)
+
+
+def to_uint8(frames: ArrayLike) -> np.ndarray:
+    """Maps float frames in [-1, 1] to the nearest uint8 and clips the rest; ValueError for integers and NaN."""
+    frames = np.asarray(frames)
+    if frames.dtype.kind in "iub":
+        raise ValueError(f"frames are {frames.dtype}, expected floats in [-1, 1]")
+    frames = frames.astype(np.float32)
+    if np.isnan(frames).any():
+        raise ValueError("frames hold NaN: the weights are damaged, or their precision overflows; try float32")
+    return np.rint((np.clip(frames, -1, 1) + 1) * np.float32(127.5)).astype(np.uint8)
