@@ -115,7 +115,7 @@ def test_views_and_transposed_and_trained_tensors_are_read_as_they_are(tmp_path)
 
 
 def test_tensors_stay_valid_when_the_file_is_opened_anew(tmp_path, vae, monkeypatch):
-    monkeypatch.setattr(checkpoint, "MAPPED_LIMIT", 1)
+    monkeypatch.setattr("flax_vae.io.weights.MAPPED_LIMIT", 1)
     weights = state(vae)
     torch.save(weights, tmp_path / "some.pt")
     found = read(tmp_path / "some.pt")

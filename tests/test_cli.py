@@ -21,6 +21,7 @@ from flax_vae import CausalVideoVAE, to_float, to_uint8
 from flax_vae.cli import COMMANDS, main
 from flax_vae.cli.model import cache_folder
 from flax_vae.io import checkpoint, port
+from flax_vae.io.files import replacing
 from flax_vae.models.config import narrow
 
 pytest.importorskip("tyro", reason="the command line needs tyro")
@@ -300,28 +301,34 @@ def test_usage_errors_exit_with_2(run):
 
 
 @pytest.mark.parametrize("command", ["encode", "reconstruct"])
+def test_an_interrupted_command_exits_with_130_and_leaves_no_trace(run, folder, clip, tmp_path, monkeypatch, command):
+    monkeypatch.setattr("os._exit", sys.exit)
+    monkeypatch.setattr("flax_vae.runtime.stream.stream", interrupted_stream)
+    out = tmp_path / ("a.mp4" if command == "reconstruct" else "a.safetensors")
+    code, _, err = run(command, clip, out, "--weights", folder / "vae")
+    assert code == 130
+    assert "interrupted" in err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("number", "expected", "said"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
-def test_a_command_that_is_stopped_says_so_and_leaves_no_trace(
-    run, folder, clip, tmp_path, monkeypatch, command, number, expected, said
+def test_a_signal_removes_what_is_half_written_and_keeps_the_old_file(
+    run, tmp_path, monkeypatch, number, expected, said
 ):
-    held = []
-
-    def stopped_stream(step, chunks):
-        for chunk in chunks:
-            yield step(chunk, None)[0]
-            held.extend(tmp_path.iterdir())
+    def write_half(args):
+        with replacing(tmp_path / "a.mp4") as part:
+            part.write_bytes(b"half")
             signal.raise_signal(number)
 
+    (tmp_path / "a.mp4").write_bytes(b"the old one")
     monkeypatch.setattr("os._exit", sys.exit)
-    monkeypatch.setattr("flax_vae.runtime.stream.stream", stopped_stream)
-    out = tmp_path / ("a.mp4" if command == "reconstruct" else "a.safetensors")
-    code, _, err = run(command, clip, out, "--weights", folder / "vae")
+    monkeypatch.setattr("flax_vae.cli.run", write_half)
+    code, _, err = run()
     assert code == expected
     assert said in err
-    assert bool(held) == (command == "reconstruct")  # which had begun to write
-    assert not list(tmp_path.iterdir())
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"the old one"]
 
 
 def interrupted_stream(step, chunks):

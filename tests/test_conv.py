@@ -298,3 +298,9 @@ def test_plain_convolution_pads_both_sides_with_zeros(options, noise, randomized
     weights, bias = np.asarray(layer.kernel[...]), np.asarray(layer.bias[...])
     wanted = convolve(around, weights, bias, triple(options.get("stride", 1)), (1, 1, 1), options.get("groups", 1))
     assert apart(layer(x), wanted) < 1e-13
+
+
+@pytest.mark.parametrize("sizes", [{"kernel_size": 0}, {"stride": 0}, {"dilation": (1, 0, 1)}, {"groups": 0}])
+def test_sizes_below_one_are_refused(sizes):
+    with pytest.raises(ValueError, match=r"at least 1|must divide"):
+        Conv3d(2, 4, **({"kernel_size": 3} | sizes), rngs=nnx.Rngs(0))

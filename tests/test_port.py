@@ -89,7 +89,7 @@ def test_loaded_convolution_multiplies_torchs_kernel():
     x = np.random.default_rng(2).standard_normal((1, 2, 3, 5, 4)).astype(np.float32)
     groups = x[0].reshape(2, 3, 5, 2, 2), weights["weight"].reshape(2, 3, 2, 2, 3, 5)
     expected = np.einsum("thwgi,goithw->go", *groups).reshape(6) + weights["bias"]
-    np.testing.assert_allclose(conv(x).reshape(6), expected, rtol=1e-5)
+    np.testing.assert_allclose(conv(jnp.asarray(x)).reshape(6), expected, rtol=1e-5)
 
 
 def test_loaded_linear_and_norm_compute_what_torchs_do():
@@ -100,7 +100,7 @@ def test_loaded_linear_and_norm_compute_what_torchs_do():
     x = np.random.default_rng(3).standard_normal((1, 1, 2, 2, 3)).astype(np.float32)
     np.testing.assert_allclose(linear(x), x @ weights["weight"].T + weights["bias"], rtol=1e-5)
     normal = (x - x.mean()) / x.std()
-    np.testing.assert_allclose(norm(x), normal * scales["weight"] + scales["bias"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(norm(jnp.asarray(x)), normal * scales["weight"] + scales["bias"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

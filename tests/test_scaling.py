@@ -67,3 +67,13 @@ def test_latents_keep_their_dtype_and_may_be_traced(latents):
 def test_unknown_variant_is_refused_with_the_known():
     with pytest.raises(ValueError, match="one of flux, sd3, got 'sdxl'"):
         LatentScaling.released("sdxl")
+
+
+def test_statistics_of_another_number_of_channels_are_refused(noise):
+    with pytest.raises(ValueError, match="2 statistics"):
+        LatentScaling((0.0, 1.0), 1.0, 0.0, 1.0).normalize(noise((1, 2, 3, 3, 1)))
+
+
+def test_a_scale_of_zero_is_refused():
+    with pytest.raises(ValueError, match="cannot be undone"):
+        LatentScaling(0.0, 0.0, 0.0, 1.0)

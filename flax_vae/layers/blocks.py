@@ -33,6 +33,8 @@ def thread(layers: Iterable, x: Clip, carry=None):
 
 def resnet_chain(channels: int, out_channels: int, num_layers: int, *args, rngs: nnx.Rngs) -> nnx.List:
     """Builds `num_layers` residual blocks, the first of which changes the number of channels."""
+    if num_layers < 1:
+        raise ValueError(f"a block has at least one residual block, got {num_layers}")
     widths = [channels] + [out_channels] * (num_layers - 1)
     return nnx.List([CausalResnetBlock(width, out_channels, *args, rngs=rngs) for width in widths])
 

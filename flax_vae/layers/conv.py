@@ -26,7 +26,8 @@ class Conv3d(nnx.Module):
     """Convolves B T H W C with zeros around it, as torch's Conv3d does on B C T H W.
 
     Holds `kernel` (time, height, width, in / groups, out) and `bias` (out). An integer kernel, stride, padding or
-    dilation is meant for all three axes. Raises ValueError when `groups` does not divide the channels.
+    dilation is meant for all three axes. Raises ValueError when `groups` does not divide the channels, and for a
+    kernel, stride or dilation of less than 1.
     """
 
     def __init__(
@@ -42,10 +43,13 @@ class Conv3d(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
-        if in_channels % groups or out_channels % groups:
+        if groups < 1 or in_channels % groups or out_channels % groups:
             raise ValueError(f"{groups} groups must divide both {in_channels} input and {out_channels} output channels")
         self.in_channels, self.groups = in_channels, groups
         self.kernel_size, self.stride, self.dilation = triple(kernel_size), triple(stride), triple(dilation)
+        sizes = (self.kernel_size, self.stride, self.dilation)
+        if min(map(min, sizes)) < 1:
+            raise ValueError(f"kernel, stride and dilation must be at least 1, got {', '.join(map(str, sizes))}")
         time, height, width = triple(padding)
         self.padding: Padding = ((time, time), (height, height), (width, width))
         shape = (*self.kernel_size, in_channels // groups, out_channels)
@@ -84,7 +88,8 @@ class CausalConv3d(nnx.Module):
     At the start of the stream time gets dilation * (k - 1) frames of padding in front and none behind; later on the
     carry stands there. Height and width get k // 2 on each side, whatever the stride and the dilation. Padding means
     what it means in torch's `F.pad`; all of it falls back to constant when the first chunk has no more frames than
-    its time padding, so with another mode a stream must start with a longer chunk to equal the whole clip.
+    its time padding, so with another mode a stream must start with a longer chunk to equal the whole clip. With
+    "reflect" and "circular" the first outputs do see later frames, as they do in torch.
     An integer stride is a stride in time alone; an integer dilation is meant for all three axes.
 
     Raises ValueError for an even height or width of the kernel, an unknown `pad_mode`, a mode that needs more pixels

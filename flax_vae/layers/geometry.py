@@ -8,8 +8,8 @@ Triple = tuple[int, int, int]
 
 def triple(value: int | Sequence[int]) -> Triple:
     """Gives (time, height, width) from one integer, repeated, or from three; ValueError otherwise."""
-    values = (value,) * 3 if isinstance(value, int) else tuple(value)
-    if len(values) != 3:
+    values = tuple(value) if isinstance(value, Sequence) else (value,) * 3
+    if len(values) != 3 or not all(isinstance(size, int) for size in values):
         raise ValueError(f"expected one integer or three (time, height, width), got {value!r}")
     return values
 
@@ -65,6 +65,8 @@ def latent_frames(frames: int, factor: int) -> int:
 
     The first frame is a latent of its own, every later `factor` frames are one more.
     """
+    if factor < 1:
+        raise ValueError(f"a latent spans at least one frame, got a factor of {factor}")
     if frames < 1 or (frames - 1) % factor:
         below = max(1, frames - (frames - 1) % factor)
         near = f"{below}" if frames <= below else f"{below} or {below + factor}"

@@ -17,7 +17,7 @@ class CausalGroupNorm(nnx.Module):
 
     def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-6, *, rngs: nnx.Rngs):
         del rngs  # ones and zeros need no randomness; the signature is every layer's
-        if num_channels % num_groups:
+        if num_groups < 1 or num_channels % num_groups:
             raise ValueError(f"{num_groups} norm groups must divide {num_channels} channels")
         self.num_groups, self.num_channels, self.eps = num_groups, num_channels, eps
         self.scale = nnx.Param(jnp.ones(num_channels, jnp.float32))

@@ -15,7 +15,7 @@ from flax_vae.layers.geometry import triple
 class AvgPool3d(nnx.Module):
     """Averages windows of time, height and width as torch's AvgPool3d does, on B T H W C.
 
-    Raises ValueError when the padding is more than half of the kernel.
+    Raises ValueError when the padding is more than half of the kernel, or a size is less than 1.
     """
 
     def __init__(
@@ -28,6 +28,8 @@ class AvgPool3d(nnx.Module):
     ):
         self.kernel_size, self.padding = triple(kernel_size), triple(padding)
         self.stride = self.kernel_size if stride is None else triple(stride)
+        if min(*self.kernel_size, *self.stride) < 1:
+            raise ValueError(f"kernel and stride must be at least 1, got {self.kernel_size}, {self.stride}")
         if any(2 * pad > kernel for pad, kernel in zip(self.padding, self.kernel_size, strict=True)):
             raise ValueError(f"padding {self.padding} must be at most half of the kernel {self.kernel_size}")
         self.ceil_mode, self.count_include_pad = ceil_mode, count_include_pad

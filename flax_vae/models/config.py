@@ -1,6 +1,7 @@
 """The configuration of the VAE: the keys of the public config.json, checked."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from os import PathLike
@@ -78,6 +79,8 @@ class VAEConfig:
         """Reads the contents of a config.json; ValueError names unknown keys and unsupported values."""
         if not isinstance(values, Mapping):
             raise ValueError(f"a config must be an object of keys and values, got {type(values).__name__}")
+        if not all(isinstance(key, str) for key in values):
+            raise ValueError(f"config keys must be strings, got {', '.join(map(repr, values))}")
         name = values.get("_class_name", "CausalVideoVAE")
         if name != "CausalVideoVAE":
             raise ValueError(f"_class_name is {name!r}: this is the config of another model, expected 'CausalVideoVAE'")
@@ -120,6 +123,8 @@ class VAEConfig:
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Gives (t, h, w, channels) of a clip's latents; ValueError unless `frames` is temporal_factor * k + 1."""
+        if min(height, width) < 1:
+            raise ValueError(f"a frame must have at least one pixel, got {height}x{width}")
         rows, columns = (-(-pixels // self.spatial_factor) for pixels in (height, width))
         return latent_frames(frames, self.temporal_factor), rows, columns, self.latent_channels
 
@@ -191,6 +196,9 @@ def whole_problems(config: VAEConfig) -> list[str]:
     down = sum(config.encoder_spatial_down_sample), sum(config.encoder_temporal_down_sample)
     up = sum(config.decoder_spatial_up_sample), sum(config.decoder_temporal_up_sample)
     checks = {
+        f"sample_size and downsample_scale must be at least 1, got {config.sample_size} and "
+        f"{config.downsample_scale}": min(config.sample_size, config.downsample_scale) >= 1,
+        f"scaling_factor must be finite, got {config.scaling_factor}": math.isfinite(config.scaling_factor),
         "interpolate must be false: interpolating samplers are not implemented": not config.interpolate,
         f"decoder_in_channels ({config.decoder_in_channels}) must equal encoder_out_channels "
         f"({config.encoder_out_channels})": config.decoder_in_channels == config.encoder_out_channels,

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+import numpy as np
 
 from flax_vae.models.posterior import Latents
 
@@ -14,13 +15,18 @@ class LatentScaling:
     """Maps latents z to (z - shift) * scale and back, with one shift and scale (or one a channel) for the first
     frame of a clip, or an image, and others for the frames after it.
 
-    The first frame differs because it is encoded from one frame, the later ones from several each.
+    The first frame differs because it is encoded from one frame, the later ones from several each. Raises ValueError
+    for a scale of 0, and for statistics that are neither one nor one a channel.
     """
 
     first_shift: Statistic
     first_scale: Statistic
     rest_shift: Statistic
     rest_scale: Statistic
+
+    def __post_init__(self):
+        if not (np.all(self.first_scale) and np.all(self.rest_scale)):
+            raise ValueError(f"a scale of 0 cannot be undone, got {self.first_scale} and {self.rest_scale}")
 
     @classmethod
     def released(cls, variant: str) -> "LatentScaling":
@@ -42,6 +48,9 @@ class LatentScaling:
 
     def _per_frame(self, latents: Latents, start: bool):
         is_first = (jnp.arange(latents.shape[1]) == 0)[None, :, None, None, None] & start
+        for statistic in (self.first_shift, self.first_scale, self.rest_shift, self.rest_scale):
+            if np.size(statistic) not in (1, latents.shape[-1]):
+                raise ValueError(f"{np.size(statistic)} statistics do not fit latents of shape {latents.shape}")
         pairs = ((self.first_shift, self.rest_shift), (self.first_scale, self.rest_scale))
         per_channel = [[jnp.asarray(v, latents.dtype).reshape(1, 1, 1, 1, -1) for v in pair] for pair in pairs]
         return [jnp.where(is_first, first, rest) for first, rest in per_channel]

@@ -87,14 +87,14 @@ class CausalVideoVAE(nnx.Module):
         frames that do not complete a latent wait in the carry.
         """
         check_video(x, self.config.encoder_in_channels)
-        moments, carry = self.encoder(x.astype(self.dtype), carry)
+        moments, carry = self.encoder(jnp.asarray(x, self.dtype), carry)
         moments, _ = self.quant_conv(moments, ())
         return DiagonalGaussian.from_moments(moments), carry
 
     def decode_chunk(self, z: Latents, carry=None) -> tuple[Video, object]:
         """Decodes the next latents of a stream; `carry` is None at its start, later what the last call returned."""
         check_video(z, self.config.latent_channels)
-        z, _ = self.post_quant_conv(z.astype(self.dtype), ())
+        z, _ = self.post_quant_conv(jnp.asarray(z, self.dtype), ())
         return self.decoder(z, carry)
 
 
