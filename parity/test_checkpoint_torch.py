@@ -8,6 +8,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -257,6 +258,7 @@ print(peak() - before)
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("large")
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_full_model_in_a_torch_file_is_loaded_in_less_than_one_and_a_half_times_its_size(tmp_path):
     model = nnx.eval_shape(lambda: flax_vae.CausalVideoVAE(flax_vae.VAEConfig.full(), rngs=nnx.Rngs(0)))
@@ -274,3 +276,23 @@ def test_full_model_in_a_torch_file_is_loaded_in_less_than_one_and_a_half_times_
     finally:
         path.unlink()
     assert 1.0 <= int(result.stdout) / size <= 1.5
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("large")
+def test_full_model_from_a_public_directory_computes_what_torchs_does(tmp_path):
+    theirs = torch_ref.CausalVideoVAE.from_config(flax_vae.VAEConfig.full().to_dict()).eval()
+    theirs.save_pretrained(tmp_path, max_shard_size=2**29)
+    ours = flax_vae.CausalVideoVAE.from_pretrained(tmp_path)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    clip = np.random.default_rng(0).uniform(-1, 1, (1, 9, 32, 32, 3)).astype(np.float32)
+    with torch.inference_mode():
+        mean = theirs.encode(torch.from_numpy(clip).permute(0, 4, 1, 2, 3)).mode()
+        video = theirs.decode(mean)
+    with jax.default_matmul_precision("highest"):
+        latents = nnx.jit(lambda vae, x: vae.encode(x).mode())(ours, clip)
+        again = nnx.jit(lambda vae, z: vae.decode(z))(ours, latents)
+    for mine, true in ((latents, mean), (again, video)):
+        true = true.permute(0, 2, 3, 4, 1).numpy()
+        assert np.abs(np.asarray(mine) - true).max() <= 1e-5 * np.abs(true).max()

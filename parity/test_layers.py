@@ -7,7 +7,8 @@ pytest.importorskip("torch", reason="parity compares with torch")
 from parity import compare
 from parity.cases import CASES, Case
 
-ROWS = [pytest.param(case, id=case.name, marks=[pytest.mark.slow] * case.slow) for case in CASES]
+LARGE = [pytest.mark.slow, pytest.mark.xdist_group("large")]  # one at a time: two would not fit in memory
+ROWS = [pytest.param(case, id=case.name, marks=LARGE if case.slow else []) for case in CASES]
 
 
 def record(record_property, case: Case, dtype: str, ours, torchs=None) -> None:
