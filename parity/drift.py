@@ -9,13 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-import tyro
 from flax import nnx
 
 import flax_vae
@@ -125,7 +124,7 @@ def compare_layers(
 
 
 def random_clip(frames: int, height: int, width: int, seed: int) -> np.ndarray:
-    """Draws a clip (1, T, H, W, 3) of smooth random pixels in [-1, 1]."""
+    """Draws a clip (1, T, H, W, 3) of random pixels in [-1, 1]."""
     return np.random.default_rng(seed).uniform(-1, 1, (1, frames, height, width, 3))
 
 
@@ -155,7 +154,8 @@ def report(rows: list[Departure]) -> str:
 
 
 def main(
-    checkpoint: Annotated[Path, tyro.conf.Positional],
+    checkpoint: Path,
+    /,
     video: Path | None = None,
     frames: int = 9,
     size: int = 64,
@@ -175,20 +175,21 @@ def main(
     from rich.console import Console
 
     console = Console()
-    jax.config.update("jax_enable_x64", True)
-    ours = flax_vae.CausalVideoVAE.from_pretrained(checkpoint, dtype=dtype)
-    torchs = torch_ref.CausalVideoVAE.from_pretrained(checkpoint)
-    multiple = ours.config.spatial_factor
-    clip = read_video(video, frames, size, multiple) if video else random_clip(frames, size, size, seed)
 
     def show(row: Departure) -> None:
         mark, style = ("departs", "bold red") if row.departs else ("equal", "green")
         console.print(f"{mark:8} {row.error:8.1e}  {row.path} ({row.layer})", style=style, highlight=False)
 
-    rows = compare_layers(ours, torchs, clip, dtype, show)
+    with jax.enable_x64(True):
+        ours = flax_vae.CausalVideoVAE.from_pretrained(checkpoint, dtype=dtype)
+        multiple = ours.config.spatial_factor
+        clip = read_video(video, frames, size, multiple) if video else random_clip(frames, size, size, seed)
+        rows = compare_layers(ours, torch_ref.CausalVideoVAE.from_pretrained(checkpoint), clip, dtype, show)
     console.print(report(rows), highlight=False)
     return int(any(row.departs for row in rows))
 
 
 if __name__ == "__main__":
+    import tyro
+
     raise SystemExit(tyro.cli(main))

@@ -96,6 +96,7 @@ def test_lost_precision_is_named(reference):
 
 
 def test_the_command_compares_a_checkpoint_and_tells_by_its_exit_code(reference, tmp_path, capsys):
+    pytest.importorskip("rich", reason="the command prints with rich")
     reference.float().save_pretrained(tmp_path)
     assert main(tmp_path, frames=3, size=8) == 0
     printed = capsys.readouterr().out

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given
-from hypothesis import strategies as st
 
 from flax_vae.io import port
 from flax_vae.models.config import narrow
 from flax_vae.models.vae import CausalVideoVAE
 from flax_vae.runtime.stream import compiled, cut, stream
+
+hypothesis = pytest.importorskip("hypothesis", reason="plans are drawn by hypothesis")
+given, st = hypothesis.given, hypothesis.strategies
 
 CONFIG = narrow((8, 8, 16, 16), groups=4, encoder_layers=1, decoder_layers=1)
 
