@@ -311,6 +311,18 @@ def test_an_interrupted_command_exits_with_130_and_leaves_no_trace(run, folder, 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture
+def python_signals():
+    """Has signals handled as Python does by itself: a suite started in the background ignores SIGINT."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("python_signals")
 @pytest.mark.parametrize(
     ("number", "expected", "said"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
