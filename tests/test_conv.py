@@ -304,3 +304,11 @@ def test_plain_convolution_pads_both_sides_with_zeros(options, noise, randomized
 def test_sizes_below_one_are_refused(sizes):
     with pytest.raises(ValueError, match=r"at least 1|must divide"):
         Conv3d(2, 4, **({"kernel_size": 3} | sizes), rngs=nnx.Rngs(0))
+
+
+def test_fresh_weights_are_normal_with_the_public_standard_deviation():
+    kernel = np.asarray(Conv3d(24, 40, 3, rngs=nnx.Rngs(1)).kernel[...])
+    assert kernel.dtype == np.float32
+    assert abs(kernel.std() - 0.02) < 5e-4
+    assert abs(kernel.mean()) < 5e-4
+    assert np.unique(kernel).size > 0.99 * kernel.size

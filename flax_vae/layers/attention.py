@@ -6,7 +6,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array
 
-from flax_vae.layers.conv import Clip, add_bias, wide_dtype
+from flax_vae.layers.conv import Clip, add_bias, initial_weights, wide_dtype
 from flax_vae.layers.norm import CausalGroupNorm
 
 
@@ -18,7 +18,7 @@ class Attention(nnx.Module):
 
     def __init__(self, channels: int, num_groups: int = 32, *, rngs: nnx.Rngs):
         def projection():
-            return nnx.Linear(channels, channels, kernel_init=nnx.initializers.normal(0.02), rngs=rngs)
+            return nnx.Linear(channels, channels, kernel_init=initial_weights, rngs=rngs)
 
         self.group_norm = CausalGroupNorm(num_groups, channels, rngs=rngs)
         self.to_q, self.to_k, self.to_v = projection(), projection(), projection()

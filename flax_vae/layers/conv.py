@@ -3,6 +3,7 @@
 B batch, T frames, H W pixels, C channels; arrays are B T H W C, kernels are T H W I O.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, DTypeLike, Float
 
 from flax_vae.layers.geometry import Pair, causal_padding, conv_output_size, triple
 
@@ -53,7 +54,7 @@ class Conv3d(nnx.Module):
         time, height, width = triple(padding)
         self.padding: Padding = ((time, time), (height, height), (width, width))
         shape = (*self.kernel_size, in_channels // groups, out_channels)
-        self.kernel = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape, jnp.float32))
+        self.kernel = nnx.Param(initial_weights(rngs.params(), shape))
         self.bias = nnx.Param(jnp.zeros(out_channels, jnp.float32)) if bias else None
 
     def __call__(self, x: Clip) -> Clip:
@@ -171,6 +172,16 @@ class CausalConv3d(nnx.Module):
         if self.span == 1:
             return ()
         return jnp.pad(x[:, max(start, 0) :], ((0, 0), (max(-start, 0), 0), (0, 0), (0, 0), (0, 0)))
+
+
+def initial_weights(key: Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> Array:
+    """Draws normal weights of standard deviation 0.02, as the public training starts from.
+
+    The length drawn is a power of two, so that a model with dozens of shapes compiles a few draws and not dozens.
+    """
+    size = math.prod(shape)
+    drawn = 0.02 * jax.random.normal(key, (1 << (size - 1).bit_length(),), dtype)
+    return drawn[:size].reshape(shape)
 
 
 def add_bias(y: Array, bias: Array) -> Array:
