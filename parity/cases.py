@@ -93,9 +93,8 @@ def causal(name: str, *args, shape=(2, 5, 7, 6, 6), **kwargs) -> Case:
     return layer(f"causal-{name}", shape, "CausalConv3d", 6, 10, *args, **kwargs)
 
 
-def posterior_flax(moments) -> Outputs:
-    posterior = flax_vae.DiagonalGaussian.from_moments(12 * moments)
-    sample = posterior.sample(jax.random.key(7))
+def posterior_outputs(posterior, sample) -> Outputs:
+    """Names what both frameworks' posteriors give."""
     return {
         "mean": posterior.mode(),
         "logvar": posterior.logvar,
@@ -103,6 +102,12 @@ def posterior_flax(moments) -> Outputs:
         "sample": sample,
         "kl": posterior.kl(),
     }
+
+
+def posterior_flax(moments) -> Outputs:
+    posterior = flax_vae.DiagonalGaussian.from_moments(12 * moments)
+    sample = posterior.sample(jax.random.key(7))
+    return posterior_outputs(posterior, sample)
 
 
 def posterior_torch(moments) -> Outputs:
@@ -110,13 +115,7 @@ def posterior_torch(moments) -> Outputs:
     b, c, t, h, w = posterior.mean.shape
     noise = torch.from_numpy(np.array(jax.random.normal(jax.random.key(7), (b, t, h, w, c), jnp.float32)))
     sample = posterior.sample(noise.permute(0, 4, 1, 2, 3).to(moments))
-    return {
-        "mean": posterior.mode(),
-        "logvar": posterior.logvar,
-        "std": posterior.std,
-        "sample": sample,
-        "kl": posterior.kl(),
-    }
+    return posterior_outputs(posterior, sample)
 
 
 def scaling(variant: str, method: str) -> Case:

@@ -20,7 +20,7 @@ from flax import nnx
 import flax_vae
 import torch_ref
 from flax_vae.io.pixels import fit_size, to_float
-from flax_vae.io.video import probe, read_frames
+from flax_vae.io.video import probe, read_clip
 from parity.compare import DTYPES
 from parity.mistakes import MISTAKES, made
 
@@ -132,7 +132,7 @@ def read_video(path: Path, frames: int, size: int, multiple: int) -> np.ndarray:
     """Reads the first frames of a clip, brought to `size` pixels on the short side."""
     info = probe(path)
     fitted = fit_size(info.height, info.width, multiple, size)
-    return to_float(np.stack(list(read_frames(path, fitted, frames))))[None].astype(np.float64)
+    return to_float(read_clip(path, fitted, frames))[None].astype(np.float64)
 
 
 def report(rows: list[Departure]) -> str:

@@ -10,6 +10,7 @@ from typing import Annotated
 from tyro.conf import arg
 
 from flax_vae.cli.clip import filled, parse_size
+from flax_vae.cli.model import config_of
 from flax_vae.cli.options import Checkpoint, Config
 from flax_vae.cli.screen import counted, table
 
@@ -40,14 +41,13 @@ def info(checkpoint: Checkpoint, size: Size = None, frames: Frames = 17, config:
 
     from flax_vae.io import port
     from flax_vae.io.checkpoint import open_checkpoint
-    from flax_vae.models.config import VAEConfig
     from flax_vae.models.vae import CausalVideoVAE
 
     wanted = parse_size(size)
     if frames < 1:
         raise ValueError(f"--frames {frames}: expected 1 or more")
     with open_checkpoint(checkpoint) as source:
-        settings = VAEConfig.from_dict(source.config()) if config is None else VAEConfig.from_json(config)
+        settings = config_of(source, config)
         shapes = source.shapes()
     height, width = wanted if isinstance(wanted, tuple) else (wanted or settings.sample_size,) * 2
 

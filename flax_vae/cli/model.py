@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from flax_vae.cli.screen import note
 
 if TYPE_CHECKING:
+    from flax_vae.io.checkpoint import Checkpoint
     from flax_vae.models.config import VAEConfig
     from flax_vae.models.vae import CausalVideoVAE
 
@@ -19,10 +20,16 @@ if TYPE_CHECKING:
 def read_config(checkpoint: str, config: Path | None = None) -> VAEConfig:
     """Reads a checkpoint's config and its headers, but no weights; `config` stands in for its config.json."""
     from flax_vae.io.checkpoint import open_checkpoint
-    from flax_vae.models.config import VAEConfig
 
     with open_checkpoint(checkpoint) as source:
-        return VAEConfig.from_dict(source.config()) if config is None else VAEConfig.from_json(config)
+        return config_of(source, config)
+
+
+def config_of(source: Checkpoint, config: Path | None) -> VAEConfig:
+    """Gives an open checkpoint's config, or the one in the file that stands in for it."""
+    from flax_vae.models.config import VAEConfig
+
+    return VAEConfig.from_dict(source.config()) if config is None else VAEConfig.from_json(config)
 
 
 def load(checkpoint: str) -> CausalVideoVAE:

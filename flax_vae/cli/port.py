@@ -15,6 +15,7 @@ import numpy as np
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from flax_vae.cli import CheckFailed
+from flax_vae.cli.model import config_of
 from flax_vae.cli.options import Checkpoint, Config
 from flax_vae.cli.screen import note, table
 
@@ -42,12 +43,11 @@ def port(
       flax-vae port downloads/checkpoint.pth my_vae --config config.json --dtype bfloat16
     """
     from flax_vae.io.checkpoint import open_checkpoint
-    from flax_vae.models.config import VAEConfig
     from flax_vae.models.vae import CausalVideoVAE
 
     check_target(dst, src, overwrite)
     with open_checkpoint(src) as source:
-        settings = VAEConfig.from_dict(source.config()) if config is None else VAEConfig.from_json(config)
+        settings = config_of(source, config)
         kind = stored_dtype(source, src) if dtype == "keep" else dtype
     note(f"reading {src}")
     with replacing_folder(dst) as part:
