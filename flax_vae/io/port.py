@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, DTypeLike
 
-from flax_vae.io.weights import DTYPES, Spec, Tensors
+from flax_vae.io.weights import DTYPES, Arrays, Spec, Tensors
 from flax_vae.layers.conv import Conv3d
 from flax_vae.layers.norm import CausalGroupNorm
 
@@ -47,23 +47,6 @@ class Parameter(NamedTuple):
     def torch_shape(self) -> tuple[int, ...]:
         """The shape that torch has."""
         return tuple(self.variable.shape[axis] for axis in self.axes)
-
-
-class Arrays:
-    """Tensors in memory by torch key; each gets torch's axis order, given by `axes`, when it is read."""
-
-    def __init__(self, arrays: Mapping[str, Array | np.ndarray], axes: Mapping[str, tuple[int, ...]] | None = None):
-        self._arrays = arrays
-        self._axes = {key: tuple(range(array.ndim)) for key, array in arrays.items()} if axes is None else axes
-
-    def shapes(self) -> dict[str, Spec]:
-        """Gives every tensor's shape, in torch's axis order, and the name of its dtype."""
-        arrays, axes = self._arrays, self._axes
-        return {key: (tuple(arrays[key].shape[axis] for axis in axes[key]), arrays[key].dtype.name) for key in arrays}
-
-    def read(self, key: str) -> np.ndarray:
-        """Gives one tensor, in torch's axis order."""
-        return np.asarray(self._arrays[key]).transpose(self._axes[key])
 
 
 def parameters(module: nnx.Module) -> dict[str, Parameter]:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 Spec = tuple[tuple[int, ...], str]  # a tensor's shape and the name of its dtype
 SAFE, PICKLED = (".safetensors",), (".bin", ".pt", ".pth")
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # and what safetensors calls them
+FORMAT = {"format": "pt"}  # what other libraries look for in the metadata of weights
 CONTAINERS = ("model", "state_dict")  # where training checkpoints keep the weights
 MAPPED_LIMIT = 2**26  # bytes read of a torch file before it is opened anew
 
@@ -35,6 +36,23 @@ class Tensors(Protocol):
         ...
 
 
+class Arrays:
+    """Tensors in memory by torch key; each gets torch's axis order, given by `axes`, when it is read."""
+
+    def __init__(self, arrays: Mapping[str, Any], axes: Mapping[str, tuple[int, ...]] | None = None):
+        self._arrays = arrays
+        self._axes = {key: tuple(range(array.ndim)) for key, array in arrays.items()} if axes is None else axes
+
+    def shapes(self) -> dict[str, Spec]:
+        """Gives every tensor's shape, in torch's axis order, and the name of its dtype."""
+        arrays, axes = self._arrays, self._axes
+        return {key: (tuple(arrays[key].shape[axis] for axis in axes[key]), arrays[key].dtype.name) for key in arrays}
+
+    def read(self, key: str) -> np.ndarray:
+        """Gives one tensor, in torch's axis order."""
+        return np.asarray(self._arrays[key]).transpose(self._axes[key])
+
+
 class SafetensorsFile:
     """The tensors of one .safetensors file."""
 
@@ -45,6 +63,7 @@ class SafetensorsFile:
             headers = {key: file.get_slice(key) for key in list(file.keys())}
             codes = {key: str(header.get_dtype()) for key, header in headers.items()}
             self.specs = {key: (tuple(headers[key].get_shape()), names.get(code, code)) for key, code in codes.items()}
+            self.metadata: dict[str, str] = file.metadata() or {}
 
     def read(self, key: str) -> np.ndarray:
         with self._open() as file:  # anew for every tensor: what was read of an open file stays in memory
@@ -113,10 +132,10 @@ def load_pickled(path: Path, is_mapped: bool) -> dict[str, Any]:
     return content
 
 
-def write_safetensors(path: Path, tensors: Tensors) -> None:
+def write_safetensors(path: Path, tensors: Tensors, metadata: Mapping[str, str] = FORMAT) -> None:
     """Writes tensors as safetensors, one by one; the library would need all of them in memory at once."""
     shapes, end = tensors.shapes(), 0
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
     keys = sorted(shapes, key=lambda key: (-np.dtype(shapes[key][1]).itemsize, key))  # wide ones first: all are aligned
     for key in keys:
         shape, dtype = shapes[key]

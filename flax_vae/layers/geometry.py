@@ -1,7 +1,9 @@
 """Arithmetic of causal convolutions: sizes, padding and frame counts, in plain integers."""
 
 from collections.abc import Sequence
+from typing import Literal, get_args
 
+FramePolicy = Literal["error", "pad", "trim"]  # what to do with frames that do not complete a latent
 Pair = tuple[int, int]
 Triple = tuple[int, int, int]
 
@@ -72,6 +74,23 @@ def latent_frames(frames: int, factor: int) -> int:
         near = f"{below}" if frames <= below else f"{below} or {below + factor}"
         raise ValueError(f"a clip must have {factor}k + 1 frames, got {frames}: use {near}")
     return (frames - 1) // factor + 1
+
+
+def fitted_frames(frames: int, factor: int, policy: FramePolicy, start: bool = True) -> int:
+    """Gives how many frames to make of the last `frames` of a stream so that whole latents come of them.
+
+    At the start of a stream that is factor * k + 1, later factor * k. "error" raises ValueError for other numbers, "pad"
+    rounds up: the last frame is to be repeated; "trim" rounds down: the last frames are to be left out.
+    """
+    if policy not in get_args(FramePolicy):
+        raise ValueError(f"frames must be one of {', '.join(get_args(FramePolicy))}, got {policy!r}")
+    over = (frames - start) % factor
+    if policy == "error" and over:
+        law, kind = (f"{factor}k + 1", "clip") if start else (f"{factor}k", "later chunk")
+        raise ValueError(
+            f"a {kind} must have {law} frames, got {frames}: frames='pad' repeats the last one, 'trim' leaves {over} out"
+        )
+    return frames + (factor - over) % factor if policy == "pad" else frames - over
 
 
 def pixel_frames(latents: int, factor: int) -> int:

@@ -8,7 +8,9 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from flax_vae.io import checkpoint, port
+from flax_vae.layers.chunks import fit_frames, in_chunks
 from flax_vae.layers.conv import CausalConv3d
+from flax_vae.layers.geometry import FramePolicy, fitted_frames
 from flax_vae.models.config import VAEConfig
 from flax_vae.models.decoder import Decoder
 from flax_vae.models.encoder import Encoder
@@ -64,21 +66,39 @@ class CausalVideoVAE(nnx.Module):
         """The dtype of the weights, in which everything is computed."""
         return self.quant_conv.conv.kernel.dtype
 
-    def encode(self, video: Video) -> DiagonalGaussian:
+    def encode(self, video: Video, chunk: int | None = None, frames: FramePolicy = "error") -> DiagonalGaussian:
         """Encodes (B, T, H, W, 3), T = 8k + 1, to the distribution of latents (B, k + 1, H / 8, W / 8, z).
 
-        8 stands for the config's factors; rows and columns are rounded up. Raises ValueError for other shapes and
-        numbers of frames, and for pixels that are not floating point.
+        8 stands for the config's factors; rows and columns are rounded up.
+
+        Args:
+          video: pixels in [-1, 1].
+          chunk: frames to compute at a time, a multiple of 8, in one compiled program: the same latents, and
+            gradients, in the memory of a chunk. None computes the clip as a whole.
+          frames: for any other T, "pad" repeats the last frame to the next 8k + 1 (cut off the frames from T on after
+            decoding), "trim" leaves the last ones out, "error" raises.
+
+        Raises:
+          ValueError: another shape, number of frames or size of chunk, or pixels that are not floating point.
         """
         check_video(video, self.config.encoder_in_channels)
-        self.config.latent_shape(*video.shape[1:4])
-        posterior, _ = self.encode_chunk(video)
-        return posterior
+        video = fit_frames(video, fitted_frames(video.shape[1], self.config.temporal_factor, frames))
+        if chunk is None:
+            return self.encode_chunk(video)[0]
+        check_chunk(chunk, self.config.temporal_factor)
+        return in_chunks(self, CausalVideoVAE.encode_chunk, video, chunk)
 
-    def decode(self, latents: Latents) -> Video:
-        """Decodes latents (B, k + 1, h, w, z) to video (B, 8k + 1, 8h, 8w, 3), pixels about [-1, 1]."""
-        video, _ = self.decode_chunk(latents)
-        return video
+    def decode(self, latents: Latents, chunk: int | None = None) -> Video:
+        """Decodes latents (B, k + 1, h, w, z) to video (B, 8k + 1, 8h, 8w, 3), pixels about [-1, 1].
+
+        `chunk` latents are computed at a time, in one compiled program: the same video, and gradients, in the memory
+        of a chunk and of the video. None decodes all of them as a whole.
+        """
+        check_video(latents, self.config.latent_channels)
+        if chunk is None:
+            return self.decode_chunk(latents)[0]
+        check_chunk(chunk, 1)
+        return in_chunks(self, CausalVideoVAE.decode_chunk, latents, chunk)
 
     def encode_chunk(self, x: Video, carry=None) -> tuple[DiagonalGaussian, object]:
         """Encodes the next frames of a stream; `carry` is None at its start, later what the last call returned.
@@ -86,16 +106,27 @@ class CausalVideoVAE(nnx.Module):
         Chunks of 8k + 1 frames at the start and 8k later on give k + 1 and k latents; after any other number the
         frames that do not complete a latent wait in the carry.
         """
+        moments, carry = self.moments_chunk(x, carry)
+        return DiagonalGaussian.from_moments(moments), carry
+
+    def moments_chunk(self, x: Video, carry=None) -> tuple[Latents, object]:
+        """Gives what `encode_chunk` makes its distribution of: mean | logvar, (B, t, h, w, 2z), logvar unclamped."""
         check_video(x, self.config.encoder_in_channels)
         moments, carry = self.encoder(jnp.asarray(x, self.dtype), carry)
         moments, _ = self.quant_conv(moments, ())
-        return DiagonalGaussian.from_moments(moments), carry
+        return moments, carry
 
     def decode_chunk(self, z: Latents, carry=None) -> tuple[Video, object]:
         """Decodes the next latents of a stream; `carry` is None at its start, later what the last call returned."""
         check_video(z, self.config.latent_channels)
         z, _ = self.post_quant_conv(jnp.asarray(z, self.dtype), ())
         return self.decoder(z, carry)
+
+
+def check_chunk(chunk: int, factor: int) -> None:
+    """Raises ValueError unless whole latents come of chunks of this size."""
+    if chunk < 1 or chunk % factor:
+        raise ValueError(f"chunk={chunk}: expected a multiple of {factor}, at least {factor}")
 
 
 def check_video(x: Array, channels: int) -> None:

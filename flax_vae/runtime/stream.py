@@ -1,12 +1,14 @@
-"""Streams of any length through a model, one chunk at a time.
+"""Streams of any length through a model, one chunk at a time: B batch, T frames, H W pixels, C channels.
 
 A step is a function (chunk, carry) -> (result, carry), such as `vae.encode_chunk`; at the start of a stream its
 carry is None. A stream has no other state, so any number of them can run through one step side by side.
 """
 
+from __future__ import annotations
+
 import functools
 import itertools
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -14,49 +16,113 @@ import numpy as np
 from flax import nnx
 from numpy.typing import ArrayLike
 
+from flax_vae.layers.chunks import fit_frames
+from flax_vae.layers.geometry import FramePolicy, fitted_frames
+
 Step = Callable[[Any, Any], tuple[Any, Any]]
+
+
+def encode(vae: Any, chunks: Iterable[ArrayLike], carry: Any = None, frames: FramePolicy = "error") -> Stream:
+    """Encodes a video of any length: yields the distribution of latents of every chunk, in order.
+
+    Args:
+      vae: a model with `encode_chunk` and a config with `temporal_factor`, such as `CausalVideoVAE`.
+      chunks: (B, T, H, W, 3), pixels in [-1, 1]; T = 8k + 1 at the start of the stream and 8k later on, for a
+        temporal factor of 8. They are read as they are needed, at most one ahead of what is yielded.
+      carry: None at the start of a stream, or the `carry` of a stream to go on from.
+      frames: for a last chunk of another length: "error" raises ValueError, "pad" repeats its last frame, "trim"
+        leaves out the frames that do not complete a latent.
+    """
+    return Stream(compiled(vae.encode_chunk), fitted(chunks, vae.config.temporal_factor, frames, carry is None), carry)
+
+
+def decode(vae: Any, chunks: Iterable[ArrayLike], carry: Any = None) -> Stream:
+    """Decodes latents of any length: yields the frames (B, T, H, W, 3) of every chunk (B, t, h, w, z), in order.
+
+    `chunks` have one latent or more each, and are read as they are needed, at most one ahead of what is yielded.
+    `carry` is None at the start of a stream, or the `carry` of a stream to go on from.
+    """
+    return Stream(compiled(vae.decode_chunk), chunks, carry)
+
+
+class Stream(Iterator):
+    """The results of a step for a sequence of chunks, one after the other.
+
+    `carry` is the state of the stream after the result that was last given: a pytree, with which this stream can be
+    gone on with at any time, in another process too, to the same bits (`flax_vae.io.trees` writes and reads it).
+
+    The device is kept busy: the next chunk is read, and its computation begun, before a result is given, so that
+    reading and writing happen while the device computes. An error in reading comes after the results before it.
+    """
+
+    def __init__(self, step: Step, chunks: Iterable, carry: Any = None):
+        self.carry = carry
+        self._results = _one_ahead(step, chunks, carry)
+
+    def __next__(self) -> Any:
+        self.carry = None  # not to hold a third one while the next result is computed
+        result, self.carry = next(self._results)
+        return result
+
+
+def _one_ahead(step, chunks, carry):
+    before = ()
+    try:
+        for chunk in chunks:
+            after = step(chunk, carry)
+            carry = after[1]
+            del chunk
+            yield from before
+            before = (after,)
+    except Exception:  # in reading or computing the next one; this one is whole
+        yield from before
+        raise
+    yield from before
 
 
 def compiled(method: Step) -> Step:
     """Compiles a step that is a method of an nnx module, once for every shape of chunk, with the weights as they are.
 
-    Keep what it returns: compiling the same method again starts from nothing.
+    Steps of modules that are built alike share what is compiled.
     """
     module, function = method.__self__, method.__func__
     structure, state = nnx.split(module)
-
-    @jax.jit
-    def run(state, chunk, carry):
-        return function(nnx.merge(structure, state), chunk, carry)
-
-    return functools.partial(run, state)  # as an argument: weights inside the program would be compiled as constants
+    return functools.partial(_call, function, structure, state)
 
 
-def stream(step: Step, chunks: Iterable, carry: Any = None) -> Generator[Any, None, Any]:
-    """Yields the result of every chunk, and holds no chunk or result but the latest.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _call(function, structure, state, chunk, carry):  # weights inside the program would be compiled as constants
+    return function(nnx.merge(structure, state), chunk, carry)
 
-    It goes on from `carry`, and returns the last one (the value of `yield from`) for a stream to go on from later.
+
+def fitted(chunks: Iterable[ArrayLike], factor: int, frames: FramePolicy, start: bool = True) -> Iterator[ArrayLike]:
+    """Yields chunks of `factor` * k frames (plus 1 at the `start`), (B, T, ...), the last one made so by `frames`.
+
+    Raises ValueError where another than the last one is not so.
     """
-    for chunk in chunks:
-        result, carry = step(chunk, carry)
-        yield result
-        del chunk, result  # before the next chunk is made
-    return carry
+    for chunk in (chunks := iter(chunks)):
+        length = fitted_frames(chunk.shape[1], factor, frames, start)
+        if length:
+            yield chunk if length == chunk.shape[1] else fit_frames(chunk, length)
+        if length != chunk.shape[1] and next(chunks, None) is not None:
+            law = f"{factor}k + 1" if start else f"{factor}k"
+            raise ValueError(f"a chunk that is not the last has {chunk.shape[1]} frames, expected {law}")
+        start = False
 
 
-def cut(frames: Iterable[ArrayLike], size: int) -> Iterator[np.ndarray]:
-    """Stacks frames to chunks: the first of size + 1 frames, later ones of `size`, the last of what is left.
+def cut(frames: Iterable[ArrayLike], size: int, first: int = 1) -> Iterator[np.ndarray]:
+    """Stacks frames to chunks: the first of `first` frames, later ones of `size`, the last of what is left.
 
     With a `size` that is a multiple of the model's temporal factor every chunk but the last gives whole latents.
     Latent frames are cut the same way. Raises ValueError for a size below 1.
     """
-    if size < 1:
-        raise ValueError(f"a chunk needs at least 1 frame, got size={size}")
-    return _cut(iter(frames), size)
+    if min(size, first) < 1:
+        raise ValueError(f"a chunk needs at least 1 frame, got size={size}, first={first}")
+    return _cut(iter(frames), size, first)
 
 
-def _cut(frames, size):
-    chunk = list(itertools.islice(frames, size + 1))
+def _cut(frames, size, first):
+    chunk = list(itertools.islice(frames, first))
     while chunk:
         yield np.stack(chunk)
         chunk = list(itertools.islice(frames, size))

@@ -1,0 +1,60 @@
+"""Nested tuples of arrays, such as the carry of a stream, as a safetensors file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from flax_vae.io.files import PathLike, replacing
+from flax_vae.io.weights import DTYPES, Arrays, SafetensorsFile, write_safetensors
+
+TREE = "tree"  # the entry of the metadata that says how the tuples are nested
+
+
+def save_tree(path: PathLike, tree: Any, about: Mapping[str, str] | None = None) -> None:
+    """Writes nested tuples of floating-point arrays, or None, and the texts `about` it.
+
+    The file takes its name when it is complete. Raises ValueError for anything else in the tree.
+    """
+    leaves: dict[str, Any] = {}
+
+    def named(node: Any) -> Any:
+        if node is None:
+            return None
+        if isinstance(node, tuple):
+            return [named(entry) for entry in node]
+        if not isinstance(node, jax.Array | np.ndarray) or node.dtype.name not in DTYPES:
+            raise ValueError(f"a {type(node).__name__} cannot be saved: expected tuples of floating-point arrays")
+        leaves[name := str(len(leaves))] = node
+        return name
+
+    structure = json.dumps(named(tree))
+    with replacing(path) as part:
+        write_safetensors(part, Arrays(leaves), {**(about or {}), TREE: structure})
+
+
+def load_tree(path: PathLike) -> tuple[Any, dict[str, str]]:
+    """Reads what `save_tree` has written: the tree, with numpy arrays, and the texts about it, to the same bits.
+
+    Raises FileNotFoundError, or ValueError for a file that is damaged or something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    file = SafetensorsFile(path)
+
+    def built(node: Any) -> Any:
+        if isinstance(node, list):
+            return tuple(built(entry) for entry in node)
+        return None if node is None else file.read(node)
+
+    try:
+        about = dict(file.metadata)
+        return built(json.loads(about.pop(TREE))), about
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: holds no tuples of arrays that flax_vae has written ({error})") from None

@@ -1,0 +1,59 @@
+"""A clip through a stateful step in chunks, inside one program: B batch, T frames, H W pixels, C channels."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from flax_vae.layers.conv import Clip
+
+Step = Callable[[Any, Clip, Any], tuple[Any, Any]]  # (module, chunk, carry) -> (result, carry)
+
+
+def in_chunks(module: nnx.Module, step: Step, x: Clip, size: int) -> Any:
+    """Gives what `step(module, x, None)` gives of the whole (B, T, H, W, C), computed `size` frames at a time.
+
+    The first chunk takes the 1 + (T - 1) % size frames that are left over, the others are one `lax.scan`. Between
+    chunks only the carry is kept, in the gradient too: there every chunk is computed a second time. Compiled as one
+    program, once a shape; random state of the module, such as dropout's, moves on with every chunk.
+    """
+    structure, parameters, state = nnx.split(module, nnx.Param, ...)
+    result, state = _run(structure, step, size, parameters, state, x)
+    nnx.update(module, state)
+    return result
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _run(structure, step, size, parameters, state, x):
+    def advance(before, chunk):
+        state, carry = before
+        module = nnx.merge(structure, parameters, state)
+        result, carry = step(module, chunk, carry)
+        return (nnx.state(module, nnx.Not(nnx.Param)), carry), result
+
+    later = (x.shape[1] - 1) // size
+    first, rest = jnp.split(x, [x.shape[1] - later * size], axis=1)
+    after, result = jax.checkpoint(advance)((state, None), first)
+    if later:
+        chunks = jnp.moveaxis(rest.reshape(rest.shape[0], later, size, *rest.shape[2:]), 1, 0)
+        # inside a loop nothing can be merged with the first computation, so nothing needs to be kept apart from it
+        after, results = jax.lax.scan(jax.checkpoint(advance, prevent_cse=False), after, chunks)
+        result = jax.tree.map(_join, result, results)
+    return result, after[0]
+
+
+def _join(first, rest):
+    """Puts (chunks, B, T, ...) behind (B, T, ...), in time."""
+    rest = jnp.moveaxis(rest, 0, 1)
+    return jnp.concatenate([first, rest.reshape(rest.shape[0], -1, *rest.shape[3:])], axis=1)
+
+
+def fit_frames(x: Array, frames: int) -> Array:
+    """Cuts (B, T, ...) to its first `frames` frames, or repeats its last one until there are so many."""
+    x = jnp.asarray(x)[:, :frames]
+    missing = frames - x.shape[1]
+    return jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2)), mode="edge") if missing else x
