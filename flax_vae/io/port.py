@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, DTypeLike
+from jaxtyping import DTypeLike
 
 from flax_vae.io.weights import DTYPES, Arrays, Spec, Tensors
 from flax_vae.layers.conv import Conv3d

@@ -79,8 +79,8 @@ def latent_frames(frames: int, factor: int) -> int:
 def fitted_frames(frames: int, factor: int, policy: FramePolicy, start: bool = True) -> int:
     """Gives how many frames to make of the last `frames` of a stream so that whole latents come of them.
 
-    At the start of a stream that is factor * k + 1, later factor * k. "error" raises ValueError for other numbers, "pad"
-    rounds up: the last frame is to be repeated; "trim" rounds down: the last frames are to be left out.
+    At the start of a stream that is factor * k + 1, later factor * k. "error" raises ValueError for other numbers;
+    "pad" rounds up, the last frame is to be repeated; "trim" rounds down, the last frames are to be left out.
     """
     if policy not in get_args(FramePolicy):
         raise ValueError(f"frames must be one of {', '.join(get_args(FramePolicy))}, got {policy!r}")
@@ -88,7 +88,7 @@ def fitted_frames(frames: int, factor: int, policy: FramePolicy, start: bool = T
     if policy == "error" and over:
         law, kind = (f"{factor}k + 1", "clip") if start else (f"{factor}k", "later chunk")
         raise ValueError(
-            f"a {kind} must have {law} frames, got {frames}: frames='pad' repeats the last one, 'trim' leaves {over} out"
+            f"a {kind} must have {law} frames, got {frames}; frames='pad' repeats the last, 'trim' leaves {over} out"
         )
     return frames + (factor - over) % factor if policy == "pad" else frames - over
 

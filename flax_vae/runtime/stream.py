@@ -60,7 +60,6 @@ class Stream(Iterator):
         self._results = _one_ahead(step, chunks, carry)
 
     def __next__(self) -> Any:
-        self.carry = None  # not to hold a third one while the next result is computed
         result, self.carry = next(self._results)
         return result
 
