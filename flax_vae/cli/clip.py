@@ -1,13 +1,12 @@
-"""How a command reads its clip: at which size, in which chunks, and with which frames repeated to fill the last one.
+"""How a command reads its clips: at which size, in which chunks, and with which frames repeated to fill the last one.
 
 T frames, H W pixels.
 """
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -15,19 +14,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from flax_vae.cli.run import Chunk, marked
 from flax_vae.cli.screen import counted, note
-from flax_vae.io import files
 
 if TYPE_CHECKING:
     from flax_vae.models.config import VAEConfig
 
-CHUNK_LATENTS = 2  # what a chunk becomes; the first one has a latent more
 SHORT_SIDE = 256  # of larger clips, where no size is asked for
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A video, the size to read it at, and the most frames to read; `stated` is what its header promises."""
+    """A video or image, the size to read it at, and the most frames to read; `stated` is what its header promises."""
 
     path: Path
     height: int
@@ -36,23 +34,51 @@ class Clip:
     limit: int | None
     stated: int | None
     factor: int
+    is_image: bool
+    has_sound: bool
 
     @property
     def expected(self) -> int | None:
         """Frames to come, if known."""
         return min((n for n in (self.limit, self.stated) if n is not None), default=None)
 
-    def chunks(self) -> Iterator[tuple[np.ndarray, int]]:
-        """Yields uint8 (T, H, W, 3) chunks, the last one filled by repeating its last frame, and their real length."""
+    @property
+    def expected_latents(self) -> int | None:
+        """Latents to come, if known."""
+        return None if self.expected is None else -(-(self.expected - 1) // self.factor) + 1
+
+    def shape(self, latents: int) -> tuple[int, ...]:
+        """Gives the shape of a chunk that becomes so many latents, or of the first frame for 0."""
+        return 1, max(latents * self.factor, 1), self.height, self.width, 3
+
+    @property
+    def source(self) -> dict[str, object]:
+        """What tells this clip from another: where the file is, how large, and when it was last written."""
+        status = self.path.stat()
+        return {"clip": self.path.absolute(), "bytes": status.st_size, "written": status.st_mtime_ns}
+
+    def chunks(self, latents: int, start: int = 0) -> Iterator[Chunk]:
+        """Yields the clip from frame `start` on: its first frame alone, then as many frames as give `latents`.
+
+        The last chunk is filled by repeating its last frame: a shape of its own would be compiled for it alone.
+        Raises ValueError when the clip, or the part of it that is asked for, ends before `start`.
+        """
+        from flax_vae.io.pixels import to_float
         from flax_vae.io.video import read_frames
         from flax_vae.runtime.stream import cut
 
-        size = CHUNK_LATENTS * self.factor
-        frames = read_frames(self.path, (self.height, self.width), self.limit)
-        for i, chunk in enumerate(cut(frames, size)):
-            # later chunks are filled up whole: a shape of its own for the last would be compiled for it alone
-            missing = -len(chunk) % size if i else filled(len(chunk), self.factor) - len(chunk)
-            yield np.concatenate([chunk, np.repeat(chunk[-1:], missing, axis=0)]), len(chunk)
+        if self.limit is not None and self.limit <= start:
+            raise ValueError(f"--frames {self.limit}: {start} frames are done already; ask for more, or for all")
+        size, number = latents * self.factor, start
+        frames = read_frames(self.path, (self.height, self.width), self.limit and self.limit - start, start)
+        for pixels, is_last in marked(cut(frames, size, first=size if start else 1)):
+            length = len(pixels)
+            whole = length + (-length % size if number else 0)
+            data = np.concatenate([pixels, np.repeat(pixels[-1:], whole - length, axis=0)])
+            yield Chunk(to_float(data)[None], length, -(-length // self.factor), is_last, pixels)
+            number += length
+        if number == start and start:
+            raise ValueError(f"{self.path}: ends before frame {start}, up to which it was done; it was longer then")
 
     def report(self, frames: int) -> None:
         """Says what has become of the number of frames, once `frames` have been read."""
@@ -65,6 +91,12 @@ class Clip:
                 f"{frames} frames are not {self.factor}k + 1: the last one is repeated to make {whole}, "
                 "and the repeats are cut off after decoding"
             )
+
+
+def expected(clips: Iterable[Clip]) -> int | None:
+    """Gives the frames of all clips together, if known."""
+    counts = [clip.expected for clip in clips]
+    return None if None in counts else sum(count for count in counts if count is not None)
 
 
 def open_clip(path: Path, config: VAEConfig, size: str | None, frames: int | None) -> Clip:
@@ -85,12 +117,15 @@ def open_clip(path: Path, config: VAEConfig, size: str | None, frames: int | Non
     else:
         how = "centre-cropped" if wanted is None and min(info.height, info.width) >= multiple else "scaled and cropped"
         note(f"{path}: {info.height}x{info.width} (height x width), {how} to {height}x{width}, multiples of {multiple}")
-    return Clip(Path(path), height, width, info.fps, frames, info.frames, config.temporal_factor)
+    factor, has_sound = config.temporal_factor, bool(info.sound)
+    return Clip(path, height, width, info.fps, frames, info.frames, factor, info.is_image, has_sound)
 
 
 def filled(frames: int, factor: int) -> int:
     """Gives the length of a clip once its last frame is repeated to make factor * k + 1."""
-    return frames + (1 - frames) % factor
+    from flax_vae.layers.geometry import fitted_frames
+
+    return fitted_frames(frames, factor, "pad")
 
 
 def parse_size(text: str | None) -> int | tuple[int, int] | None:
@@ -101,12 +136,3 @@ def parse_size(text: str | None) -> int | tuple[int, int] | None:
         raise ValueError(f"--size {text}: expected the short side, as 256, or height x width, as 288x512")
     height, *width = map(int, text.split("x"))
     return (height, width[0]) if width else height
-
-
-def check_target(path: Path, suffixes: Sequence[str], source: Path) -> None:
-    """Raises unless a file with one of these suffixes can be written to `path`, and is not the one that is read."""
-    if path.suffix.lower() not in suffixes:
-        raise ValueError(f"{path}: expected a name that ends in {' or '.join(suffixes)}")
-    files.check_target(path)
-    if path.exists() and source.exists() and os.path.samefile(path, source):
-        raise ValueError(f"{path}: is the file that is read; write to another one")

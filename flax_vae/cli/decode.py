@@ -2,52 +2,131 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 from tyro.conf import Positional, arg
 
-from flax_vae.cli.clip import CHUNK_LATENTS, check_target, filled
-from flax_vae.cli.latents import load as load_latents
-from flax_vae.cli.model import config_hash, load, read_config
-from flax_vae.cli.options import Clip, Weights
-from flax_vae.cli.screen import note, progress
+from flax_vae.cli.budget import chunk_latents, read_budget
+from flax_vae.cli.clip import filled
+from flax_vae.cli.frames import IMAGE, VIDEO, FramePieces, assemble
+from flax_vae.cli.model import Model, config_hash, load, read_config
+from flax_vae.cli.options import Clip, LossyTiles, Memory, Resume, Weights
+from flax_vae.cli.run import Chunk, marked, run
+from flax_vae.cli.screen import Meter, note, progress
+from flax_vae.cli.sources import check_frames_target, named
 
-In = Annotated[Path, Positional, arg(metavar="IN.safetensors", help="latents file that flax-vae encode has written")]
+if TYPE_CHECKING:
+    from flax_vae.io.job import Progress
+    from flax_vae.io.latents import Latents
+    from flax_vae.models.config import VAEConfig
+
+In = Annotated[
+    Path,
+    Positional,
+    arg(metavar="IN", help="latents: a folder that flax-vae encode has written, or one file; or a folder of such"),
+]
 
 
-def decode(latents: In, out: Clip, weights: Weights) -> None:
+def decode(
+    latents: In,
+    out: Clip,
+    weights: Weights,
+    memory: Memory = None,
+    resume: Resume = False,
+    lossy_tiles: LossyTiles = False,
+) -> None:
     """Decodes latents to a clip, a chunk at a time; the means are decoded, nothing is sampled.
 
-    The checkpoint must be the one that encoded them; latents of a model with another config are refused.
+    The checkpoint must be the one that encoded them; latents of a model with another config are refused. Latents hold
+    no sound.
 
     Example:
-      flax-vae decode clip.safetensors clip_again.mp4 --weights my_vae
+      flax-vae decode clip_latents clip_again.mp4 --weights my_vae
     """
-    from flax_vae.io.pixels import to_uint8
-    from flax_vae.io.writer import SUFFIXES, VideoWriter
+    from flax_vae.io.job import check_begun
 
-    check_target(out, SUFFIXES, latents)
-    source, config = load_latents(latents), read_config(weights)
-    if source.config != (ours := config_hash(config)):
+    config, budget = read_config(weights), read_budget(memory)
+    work = sources(latents, out, config, weights, resume)
+    for _, target in work:
+        check_begun(target, resume)
+    model = load(weights, lossy_tiles)
+    for source, _ in work:
+        if source.about.weights != model.weights:
+            note(f"{source.path}: comes from other weights of the same config (hash {source.about.weights})")
+    if is_many(latents):
+        out.mkdir(exist_ok=True)
+    with progress("decoding", sum(source.frames for source, _ in work)) as meter:
+        for source, target in work:
+            decode_clip(source, target, model, budget, resume, meter)
+    note(f"wrote {out}: {meter.pace()}")
+
+
+def decode_clip(source: Latents, target: Path, model: Model, budget: int | None, resume: bool, meter: Meter) -> None:
+    """Decodes one clip, or goes on with it."""
+    from flax_vae.io.job import Job
+    from flax_vae.runtime.stream import compiled
+
+    about, (_, *size) = source.about, source.shape
+    step = compiled(model.vae.decode_chunk)
+    with Job(target, {"command": "decode", "latents": source.identity, **model.identity}, resume) as job:
+        meter.already(job.progress.frames)
+        if not job.progress.is_complete:
+            shape = lambda latents: (1, max(latents, 1), *size)  # noqa: E731
+            latents = job.decision("chunk", lambda: chunk_latents(step, shape, source.shape[0], budget))
+            chunks = chunks_of(source, latents, model.vae.config.temporal_factor, job.progress)
+            run(job, step, chunks, FramePieces(job, target, about.fps, about.height, about.width), meter)
+        assemble(job, target, about.fps)
+
+
+def chunks_of(source: Latents, size: int, factor: int, done: Progress) -> Iterator[Chunk]:
+    """Yields the means that are not done yet, the first one of the clip alone, then `size` at a time.
+
+    The last chunk is filled by repeating its last latent: a shape of its own would be compiled for it alone.
+    """
+    from flax_vae.runtime.stream import cut
+
+    frames, latents = done.frames, done.latents
+    for means, is_last in marked(cut(source.means(latents), size, first=size if latents else 1)):
+        length = len(means)
+        decoded = min(length * factor if latents else 1, source.frames - frames)
+        filling = np.repeat(means[-1:], size - length if latents else 0, axis=0)
+        yield Chunk(np.concatenate([means, filling])[None], decoded, length, is_last)
+        frames, latents = frames + decoded, latents + length
+
+
+def sources(path: Path, out: Path, config: VAEConfig, weights: str, resume: bool) -> list[tuple[Latents, Path]]:
+    """Opens the latents to decode, and says where each goes; ValueError where they are not this model's."""
+    from flax_vae.io.latents import Latents
+
+    entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith(".")) if is_many(path) else [path]
+    opened = {entry: Latents(entry) for entry in entries}
+    for source in opened.values():
+        check_latents(source, config, weights)
+    if entries == [path]:
+        check_frames_target(out, path, opened[path].frames)
+        return [(opened[path], out)]
+    suffixes = {entry: IMAGE if source.frames == 1 else VIDEO for entry, source in opened.items()}
+    return [(opened[entry], target) for entry, target in named(suffixes, out, resume)]
+
+
+def is_many(path: Path) -> bool:
+    """Tells whether a folder holds the latents of several clips, each in a folder or a file of its own."""
+    from flax_vae.io.latents import first_file
+
+    return path.is_dir() and any(path.iterdir()) and not first_file(path).exists()
+
+
+def check_latents(source: Latents, config: VAEConfig, weights: str) -> None:
+    """Raises ValueError unless a model of this config has encoded the latents, and all of them are there."""
+    about = source.about
+    if about.config != (ours := config_hash(config)):
         raise ValueError(
-            f"{latents} comes from a model of another config (hash {source.config}; that of {weights} is {ours}): "
+            f"{source.path} comes from a model of another config (hash {about.config}; that of {weights} is {ours}): "
             "decode with the checkpoint that encoded it"
         )
-    frames = filled(source.frames, config.temporal_factor)
-    expected = (1, *config.latent_shape(frames, source.height, source.width))
-    if source.mean.shape != expected:
-        raise ValueError(f"{latents}: latents of shape {source.mean.shape}, expected {expected}; encode the clip again")
-    writer = VideoWriter(out, source.fps, source.height, source.width)
-    vae = load(weights)
-
-    from flax_vae.runtime.stream import compiled, cut, stream
-
-    with progress("decoding", source.frames) as meter, writer:
-        chunks = (chunk[None] for chunk in cut(source.mean[0], CHUNK_LATENTS))
-        for video in stream(compiled(vae.decode_chunk), chunks):
-            pixels = to_uint8(np.asarray(video[0]))[: source.frames - meter.frames]
-            writer.write(pixels)
-            meter.done(len(pixels))
-    note(f"wrote {out}: {meter.pace()}")
+    expected = config.latent_shape(filled(source.frames, config.temporal_factor), about.height, about.width)
+    if source.shape != expected:
+        raise ValueError(f"{source.path}: latents of shape {source.shape}, expected {expected}; encode the clip again")

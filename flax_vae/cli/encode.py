@@ -2,60 +2,164 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from tyro.conf import Positional, arg
 
-from flax_vae.cli.clip import check_target, filled, open_clip
-from flax_vae.cli.latents import Latents, save
-from flax_vae.cli.model import config_hash, load, read_config
-from flax_vae.cli.options import Frames, Size, Video, Weights
-from flax_vae.cli.screen import note, progress, table
+from flax_vae.cli.budget import chunk_latents, read_budget
+from flax_vae.cli.clip import Clip, expected, open_clip
+from flax_vae.cli.model import Model, load, read_config
+from flax_vae.cli.options import Frames, LossyTiles, Memory, Resume, Size, Video, Weights
+from flax_vae.cli.run import Chunk, run
+from flax_vae.cli.screen import Meter, note, progress, table
+from flax_vae.cli.sources import pairs
 
-Out = Annotated[Path, Positional, arg(metavar="OUT.safetensors", help="latents file to write; replaced if it exists")]
+if TYPE_CHECKING:
+    from flax_vae.io.latents import About
+
+Out = Annotated[Path, Positional, arg(metavar="OUT", help="folder to write; replaced if it holds latents")]
+Scaling = Annotated[
+    str | None,
+    arg(
+        metavar="flux|sd3|FILE",
+        help="statistics to note beside the latents, for a diffusion model to shift and scale them by: a released "
+        "variant's, or statistics.json of flax-vae extract",
+        help_behavior_hint="(default: none; the latents are stored as the encoder gives them either way)",
+    ),
+]
 
 
-def encode(video: Video, out: Out, weights: Weights, size: Size = None, frames: Frames = None) -> None:
+def encode(
+    video: Video,
+    out: Out,
+    weights: Weights,
+    size: Size = None,
+    frames: Frames = None,
+    memory: Memory = None,
+    scaling: Scaling = None,
+    resume: Resume = False,
+    lossy_tiles: LossyTiles = False,
+) -> None:
     """Encodes a clip of any length to latents, a chunk at a time.
 
-    OUT.safetensors gets `mean` and `logvar`, float32 (1, t, h, w, z), and as metadata the number of frames, frames
-    per second, height and width of the clip, and the hash of the model's config. A clip whose frames are not
+    OUT gets 00000.safetensors, 00001.safetensors and so on, each with `mean` and `logvar` of the next 16 latent frames
+    (17 in the first), float32 (1, t, h, w, z), and as metadata the clip's frames, frames per second and size, and the
+    hashes of the model's config and weights. The folder takes its name when all are there. A clip whose frames are not
     8k + 1 is filled by repeating its last frame; decode cuts the repeats off again.
 
     Example:
-      flax-vae encode clip.mp4 clip.safetensors --weights my_vae --size 256
+      flax-vae encode clip.mp4 clip_latents --weights my_vae --size 256
     """
-    check_target(out, [".safetensors"], video)
-    config = read_config(weights)
-    clip = open_clip(video, config, size, frames)
-    vae = load(weights)
+    from flax_vae.io.job import check_begun
 
-    from flax_vae.io.pixels import to_float
-    from flax_vae.layers.geometry import latent_frames
-    from flax_vae.runtime.stream import compiled, stream
+    config, budget, statistics = read_config(weights), read_budget(memory), read_scaling(scaling)
+    work = [(open_clip(path, config, size, frames), target) for path, target in pairs(video, out, "", resume)]
+    for _, target in work:
+        check_folder(target, video.is_dir())
+        check_begun(target, resume)
+    model = load(weights, lossy_tiles)
+    if video.is_dir():
+        out.mkdir(exist_ok=True)
+    with progress("encoding", expected(clip for clip, _ in work)) as meter:
+        for clip, target in work:
+            encode_clip(clip, target, model, statistics, budget, resume, meter)
+    if not video.is_dir():
+        summary(video, out, meter)
+    note(f"wrote {out}: {meter.pace()}")
 
-    means, logvars, lengths = [], [], []
 
-    def batches():
-        for chunk, length in clip.chunks():
-            lengths.append(length)
-            yield to_float(chunk)[None]
+def encode_clip(
+    clip: Clip,
+    target: Path,
+    model: Model,
+    scaling: dict[str, Any] | None,
+    budget: int | None,
+    resume: bool,
+    meter: Meter,
+) -> None:
+    """Encodes one clip to a folder of latents, or goes on with it."""
+    from flax_vae.io.job import Job
+    from flax_vae.io.latents import About
+    from flax_vae.runtime.stream import compiled
 
-    with progress("encoding", clip.expected) as meter:
-        for posterior in stream(compiled(vae.encode_chunk), batches()):
-            means.append(np.asarray(posterior.mean))
-            logvars.append(np.asarray(posterior.logvar))
-            meter.done(lengths[-1])
-    clip.report(meter.frames)
-    latents = latent_frames(filled(meter.frames, clip.factor), clip.factor)
-    mean, logvar = (np.concatenate(parts, axis=1)[:, :latents] for parts in (means, logvars))
-    save(out, Latents(mean, logvar, meter.frames, clip.height, clip.width, clip.fps, config_hash(config)))
+    about = About(clip.height, clip.width, clip.fps, model.config_hash, model.weights, scaling)
+    step = compiled(model.vae.encode_chunk)
+    with Job(target, {"command": "encode", **clip.source, **model.identity, "about": about}, resume) as job:
+        meter.already(job.progress.frames)
+        if not job.progress.is_complete:
+            latents = job.decision("chunk", lambda: chunk_latents(step, clip.shape, clip.expected_latents, budget))
+            run(job, step, clip.chunks(latents, job.progress.frames), LatentPieces(job, about), meter)
+        job.become()
+    clip.report(job.progress.frames)
+
+
+class LatentPieces:
+    """Collects the distributions of latents and writes each piece to a file."""
+
+    def __init__(self, job: Job, about: About):
+        self.job, self.about = job, about
+        self._start, self._frames = job.progress.latents, 0
+        self._parts: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def __enter__(self) -> LatentPieces:
+        return self
+
+    def __exit__(self, *exception) -> None: ...
+
+    def add(self, result: Any, chunk: Chunk) -> None:
+        """Keeps the latents of a chunk that are no filling."""
+        self._parts.append(tuple(np.asarray(x)[:, : chunk.latents] for x in (result.mean, result.logvar)))
+        self._frames += chunk.frames
+
+    def finish(self, is_last: bool) -> None:
+        """Writes what was added since the last piece."""
+        from flax_vae.io.latents import SUFFIX, write_latents
+
+        mean, logvar = (np.concatenate(parts, axis=1) for parts in zip(*self._parts, strict=True))
+        write_latents(self.job.piece(SUFFIX), self.about, mean, logvar, self._frames, self._start, is_last)
+        self._start, self._frames, self._parts = self._start + mean.shape[1], 0, []
+
+
+def read_scaling(scaling: str | None) -> dict[str, Any] | None:
+    """Gives the statistics of a released variant, or those in a file; ValueError where it holds none."""
+    from flax_vae.io.checkpoint import read_json
+    from flax_vae.models.scaling import LatentScaling
+
+    if scaling is None:
+        return None
+    if not Path(scaling).is_file():
+        return LatentScaling.released(scaling).to_dict()
+    try:
+        return LatentScaling.from_dict(read_json(Path(scaling)).get("scaling", {})).to_dict()
+    except ValueError as error:
+        raise ValueError(f"{scaling}: holds no statistics of latents ({error})") from None
+
+
+def check_folder(path: Path, parent_is_made: bool) -> None:
+    """Raises unless `path` can become a folder of latents without harm to anything else."""
+    from flax_vae.io.latents import SUFFIX
+
+    if not parent_is_made and not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}; create it first")
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path}: is a file; give a folder to write")
+    held = [entry.name for entry in path.iterdir()] if path.exists() else []
+    if others := [name for name in held if not re.fullmatch(rf"\d{{5,}}\{SUFFIX}", name)]:
+        raise ValueError(f"{path}: holds other files than latents, {', '.join(sorted(others)[:9])}; write elsewhere")
+
+
+def summary(video: Path, out: Path, meter: Meter) -> None:
+    """Prints what has been written."""
+    from flax_vae.io.latents import Latents
+
+    latents = Latents(out)
     rows = [
-        ("latents (batch, frames, height, width, channels)", " x ".join(map(str, mean.shape))),
-        ("mean, standard deviation of the means", f"{mean.mean():.4f}, {mean.std():.4f}"),
+        ("latents (batch, frames, height, width, channels)", " x ".join(map(str, (1, *latents.shape)))),
+        ("files", len(latents.shards)),
+        ("frames", latents.frames),
         ("speed", meter.pace()),
     ]
     table(f"{video} to {out}", rows)
-    note(f"wrote {out}")

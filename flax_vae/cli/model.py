@@ -6,8 +6,11 @@ import hashlib
 import json
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from flax_vae.cli.screen import note
 
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     from flax_vae.io.checkpoint import Checkpoint
     from flax_vae.models.config import VAEConfig
     from flax_vae.models.vae import CausalVideoVAE
+    from flax_vae.runtime.tile import LossyTiles
 
 
 def read_config(checkpoint: str, config: Path | None = None) -> VAEConfig:
@@ -32,16 +36,52 @@ def config_of(source: Checkpoint, config: Path | None) -> VAEConfig:
     return VAEConfig.from_dict(source.config()) if config is None else VAEConfig.from_json(config)
 
 
-def load(checkpoint: str) -> CausalVideoVAE:
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint in memory, to be run whole or in lossy tiles, and the hash of its weights."""
+
+    vae: CausalVideoVAE | LossyTiles
+    weights: str
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """All of the model and the machine that decides over the bits of a result."""
+        import jax
+
+        tiles = getattr(self.vae, "tiling", None)
+        device = f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
+        return {"config": self.config_hash, "weights": self.weights, "tiles": tiles, "device": device}
+
+    @property
+    def config_hash(self) -> str:
+        """The hash of the model's config."""
+        return config_hash(self.vae.config)
+
+
+def load(checkpoint: str, lossy_tiles: bool = False) -> Model:
     """Loads a checkpoint in float32 and keeps what will be compiled for it on disk, for the next run."""
     import jax
 
     from flax_vae.models.vae import CausalVideoVAE
+    from flax_vae.runtime.tile import LossyTiles, LossyTiling
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
     note(f"loading {checkpoint}")
-    return CausalVideoVAE.from_pretrained(checkpoint)
+    vae = CausalVideoVAE.from_pretrained(checkpoint)
+    return Model(LossyTiles(vae, LossyTiling()) if lossy_tiles else vae, weights_hash(vae))
+
+
+def weights_hash(vae: CausalVideoVAE) -> str:
+    """Gives 16 hexadecimal digits that differ where weights do, or the precision they are loaded in."""
+    import jax
+    from flax import nnx
+
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(vae, nnx.Param)):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.ascontiguousarray(leaf).data)
+    return digest.hexdigest()[:16]
 
 
 def cache_folder() -> Path:

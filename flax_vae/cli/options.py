@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from tyro.conf import Positional, arg
+from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 _CHECKPOINT = (
     "checkpoint: a folder with config.json and *.safetensors (also sharded), .bin, .pt or .pth, "
@@ -11,9 +11,18 @@ _CHECKPOINT = (
 )
 Checkpoint = Annotated[str, Positional, arg(metavar="CKPT", help=_CHECKPOINT)]
 Weights = Annotated[str, arg(metavar="CKPT", help=_CHECKPOINT)]
-Video = Annotated[Path, Positional, arg(metavar="VIDEO", help="clip to read; an image is a clip of one frame")]
+Video = Annotated[
+    Path,
+    Positional,
+    arg(metavar="VIDEO", help="clip to read; an image is a clip of one frame; or a folder of images, each a clip"),
+]
 Clip = Annotated[
-    Path, Positional, arg(metavar="OUT.mp4", help="clip to write (.mp4, .mkv, .mov); replaced if it exists")
+    Path,
+    Positional,
+    arg(
+        metavar="OUT.mp4",
+        help="clip to write (.mp4, .mkv, .mov), replaced if it exists; of an image also .png, of a folder a folder",
+    ),
 ]
 Config = Annotated[
     Path | None,
@@ -31,4 +40,29 @@ Size = Annotated[
 Frames = Annotated[
     int | None,
     arg(metavar="N", help="read at most this many frames", help_behavior_hint="(default: all)"),
+]
+Memory = Annotated[
+    str | None,
+    arg(
+        metavar="SIZE",
+        help="memory to stay within, as 4GiB; it decides how many frames are computed at a time, before any is",
+        help_behavior_hint="(default: a share of the device's)",
+    ),
+]
+Resume = Annotated[
+    bool,
+    FlagCreatePairsOff,
+    arg(
+        help="go on with what the same command has done before it was stopped; the result is the same to the last byte",
+        help_behavior_hint="",
+    ),
+]
+LossyTiles = Annotated[
+    bool,
+    FlagCreatePairsOff,
+    arg(
+        help="compute frames in tiles of 256 x 256 pixels, blended: takes less memory for large frames, and changes "
+        "what comes out, often visibly; chunks of fewer frames (--memory) change nothing",
+        help_behavior_hint="",
+    ),
 ]

@@ -2,87 +2,112 @@
 
 from __future__ import annotations
 
-import itertools
 import math
+import os
+from pathlib import Path
+from types import MethodType
+from typing import Any
 
 import numpy as np
 
-from flax_vae.cli.clip import check_target, open_clip
-from flax_vae.cli.model import load, read_config
-from flax_vae.cli.options import Clip, Frames, Size, Video, Weights
-from flax_vae.cli.screen import counted, progress, table
+from flax_vae.cli.budget import chunk_latents, read_budget
+from flax_vae.cli.clip import Clip as Source
+from flax_vae.cli.clip import expected, open_clip
+from flax_vae.cli.frames import IMAGE, FramePieces, assemble, losses
+from flax_vae.cli.model import Model, load, read_config
+from flax_vae.cli.options import Clip, Frames, LossyTiles, Memory, Resume, Size, Video, Weights
+from flax_vae.cli.run import run
+from flax_vae.cli.screen import Meter, counted, progress, table
+from flax_vae.cli.sources import check_frames_target, check_target, pairs
 
-SAMPLES = 128  # frames kept for the contact sheet, at most
 
-
-def reconstruct(video: Video, out: Clip, weights: Weights, size: Size = None, frames: Frames = None) -> None:
+def reconstruct(
+    video: Video,
+    out: Clip,
+    weights: Weights,
+    size: Size = None,
+    frames: Frames = None,
+    memory: Memory = None,
+    resume: Resume = False,
+    lossy_tiles: LossyTiles = False,
+) -> None:
     """Encodes and decodes a clip of any length, a chunk at a time, and shows what is lost on the way.
 
-    Writes the clip to OUT.mp4 and a contact sheet (input, reconstruction, difference) to OUT.png beside it. Prints
-    the PSNR, taken from the 8-bit frames before H.264 compresses them: about 30 dB and more is close, 10 dB noise.
-    A clip whose frames are not 8k + 1 is filled by repeating its last frame; the repeats are cut off again.
+    Writes the clip, with its sound, to OUT.mp4 and a contact sheet (input, reconstruction, difference) to
+    OUT_sheet.png beside it. Prints the PSNR, taken from the 8-bit frames before H.264 compresses them: about 30 dB and
+    more is close, 10 dB noise. A clip whose frames are not 8k + 1 is filled by repeating its last frame; the repeats
+    are cut off again.
 
     Example:
       flax-vae reconstruct clip.mp4 again.mp4 --weights my_vae --size 256 --frames 65
     """
     import matplotlib  # noqa: F401  # needed last of all, so a missing one would be noticed too late
 
-    from flax_vae.io.picture import contact_sheet, pooled_psnr, psnr
-    from flax_vae.io.pixels import to_float, to_uint8
-    from flax_vae.io.writer import SUFFIXES, VideoWriter
+    from flax_vae.io.job import check_begun
 
-    sheet = out.with_suffix(".png")
-    check_target(out, SUFFIXES, video)
-    check_target(sheet, [".png"], video)
-    config = read_config(weights)
-    clip = open_clip(video, config, size, frames)
-    writer = VideoWriter(out, clip.fps, clip.height, clip.width)
-    vae = load(weights)
+    config, budget = read_config(weights), read_budget(memory)
+    work = [(open_clip(path, config, size, frames), target) for path, target in pairs(video, out, IMAGE, resume)]
+    for clip, target in work:
+        check_begun(target, resume)
+        if not video.is_dir():
+            check_frames_target(target, clip.path, 1 if clip.is_image else None)
+            check_target(sheet_of(target), [".png"], clip.path)
+    model = load(weights, lossy_tiles)
+    if video.is_dir():
+        out.mkdir(exist_ok=True)
+    quality: list[float] = []
+    with progress("reconstructing", expected(clip for clip, _ in work)) as meter:
+        for clip, target in work:
+            quality += reconstruct_clip(clip, target, model, budget, resume, meter)
+    report(video, out, quality, meter)
 
-    from flax_vae.runtime.stream import compiled, stream
 
-    inputs, outputs, quality = Samples(), Samples(), []
-    with progress("reconstructing", clip.expected) as meter, writer:
-        originals, chunks = itertools.tee(clip.chunks())
-        posteriors = stream(compiled(vae.encode_chunk), (to_float(chunk)[None] for chunk, _ in chunks))
-        videos = stream(compiled(vae.decode_chunk), (posterior.mean for posterior in posteriors))
-        for (chunk, length), decoded in zip(originals, videos, strict=True):
-            again = to_uint8(np.asarray(decoded[0]))
-            for before, after in zip(chunk[:length], again[:length], strict=True):
-                writer.write(after)
-                quality.append(psnr(before, after))
-                inputs.add(before)
-                outputs.add(after)
-            meter.done(length)
-        contact_sheet(sheet, inputs.frames, outputs.frames, video.name, inputs.numbers, pooled_psnr(quality))
-    clip.report(meter.frames)
+def reconstruct_clip(
+    clip: Source, target: Path, model: Model, budget: int | None, resume: bool, meter: Meter
+) -> list[float]:
+    """Reconstructs one clip, or goes on with it, and gives the PSNR of its frames in dB."""
+    from flax_vae.io.job import Job
+    from flax_vae.io.picture import contact_sheet, pooled_psnr
+    from flax_vae.runtime.stream import compiled
+
+    step = compiled(MethodType(reconstruct_chunk, model.vae))
+    settings = {"command": "reconstruct", **clip.source, "size": (clip.height, clip.width), **model.identity}
+    with Job(target, settings, resume) as job:
+        meter.already(job.progress.frames)
+        if not job.progress.is_complete:
+            latents = job.decision("chunk", lambda: chunk_latents(step, clip.shape, clip.expected_latents, budget))
+            pieces = FramePieces(job, target, clip.fps, clip.height, clip.width)
+            run(job, step, clip.chunks(latents, job.progress.frames), pieces, meter)
+        quality, numbers, before, after = losses(job)
+        sheet = job.folder / "sheet.png"
+        contact_sheet(sheet, before, after, clip.path.name, numbers, pooled_psnr(quality))
+        os.replace(sheet, sheet_of(target))
+        assemble(job, target, clip.fps, clip.path if clip.has_sound else None)
+    clip.report(job.progress.frames)
+    return quality
+
+
+def reconstruct_chunk(vae: Any, x: Any, carry: Any = None) -> tuple[Any, Any]:
+    """Encodes a chunk and decodes the means: a step whose carry is that of both."""
+    encoding, decoding = (None, None) if carry is None else carry
+    posterior, encoding = vae.encode_chunk(x, encoding)
+    video, decoding = vae.decode_chunk(posterior.mean, decoding)
+    return video, (encoding, decoding)
+
+
+def sheet_of(target: Path) -> Path:
+    """Gives the path of the contact sheet beside a clip."""
+    return target.with_name(f"{target.stem}_sheet.png")
+
+
+def report(video: Path, out: Path, quality: list[float], meter: Meter) -> None:
+    """Prints what was lost, and where to look."""
     worst = int(np.argmin(quality))
     rows = [
         ("PSNR, mean of the frames", f"{math.fsum(quality) / len(quality):.2f} dB"),
         ("PSNR, worst frame", f"{quality[worst]:.2f} dB (frame {worst})"),
         ("speed", meter.pace()),
-        ("clip", str(out)),
-        ("contact sheet", str(sheet)),
+        ("written", str(out)),
+        *([("contact sheet", str(sheet_of(out)))] if not video.is_dir() else []),
     ]
-    table(f"{video}: {counted(meter.frames)} of {clip.height}x{clip.width}", rows)
-
-
-class Samples:
-    """Keeps evenly spaced frames of a clip, at most 128, however long it becomes."""
-
-    def __init__(self):
-        self.frames: list[np.ndarray] = []
-        self.stride, self._seen = 1, 0
-
-    @property
-    def numbers(self) -> range:
-        """Which frames of the clip are kept, counted from 0."""
-        return range(0, len(self.frames) * self.stride, self.stride)
-
-    def add(self, frame: np.ndarray) -> None:
-        """Looks at the next frame and keeps a copy where its turn has come."""
-        if self._seen % self.stride == 0:
-            self.frames.append(frame.copy())
-        self._seen += 1
-        if len(self.frames) > SAMPLES:
-            self.frames, self.stride = self.frames[::2], 2 * self.stride
+    table(f"{video}: {counted(len(quality))}", rows)

@@ -36,27 +36,33 @@ def counted(frames: int) -> str:
     return f"{frames} frame" + "s" * (frames != 1)
 
 
+COMPILED = 3  # chunks of a stream that wait for compilation, one of them because results come one behind
+
+
 class Meter:
     """Counts frames as they are done, chunk by chunk."""
 
-    def __init__(self, advance):
-        self._advance, self._marks = advance, [(time.perf_counter(), 0)]
+    def __init__(self, bar, task):
+        self._bar, self._task, self.frames, self._chunks = bar, task, 0, 0
+        self._start = self._settled = self._last = (time.perf_counter(), 0)
 
     def done(self, frames: int) -> None:
         """Counts the frames of one more chunk."""
-        self._marks.append((time.perf_counter(), self._marks[-1][1] + frames))
-        self._advance(frames)
+        self.frames, self._chunks = self.frames + frames, self._chunks + 1
+        self._last = time.perf_counter(), self.frames
+        if self._chunks <= COMPILED:
+            self._settled = self._last
+        self._bar.advance(self._task, frames)
 
-    @property
-    def frames(self) -> int:
-        """Frames done so far."""
-        return self._marks[-1][1]
+    def already(self, frames: int) -> None:
+        """Shows frames that another run has done; they count for nothing else."""
+        self._bar.tasks[self._task].completed += frames
 
     def pace(self) -> str:
-        """Says how long it took, and how fast it went after the first two chunks, which are compiled anew."""
-        start, settled, end = self._marks[0], self._marks[:3][-1], self._marks[-1]
+        """Says how long it took, and for clips of many chunks how fast it went once all was compiled."""
+        start, settled, end = self._start, self._settled, self._last
         total = f"{counted(end[1])} in {end[0] - start[0]:.1f} s, compilation included"
-        if settled == end:
+        if self._chunks < 3 * COMPILED:
             return total
         return f"{(end[1] - settled[1]) / (end[0] - settled[0]):.2f} frames/s ({total})"
 
@@ -78,4 +84,4 @@ def progress(task: str, frames: int | None) -> Iterator[Meter]:
     # speed over the last ten minutes: a chunk of frames can take longer than the half minute that is the default
     with Progress(*words, *ends, console=Console(stderr=True), speed_estimate_period=600) as bar:
         shown = bar.add_task(task, total=frames)
-        yield Meter(lambda n: bar.advance(shown, n))
+        yield Meter(bar, shown)

@@ -1,4 +1,4 @@
-"""Reads video files and images through PyAV (FFmpeg), frame by frame; sound is not read.
+"""Reads video files and images through PyAV (FFmpeg), frame by frame.
 
 T frames, H W pixels, always RGB.
 """
@@ -22,24 +22,33 @@ from flax_vae.io.pixels import Size
 
 @dataclasses.dataclass(frozen=True)
 class VideoInfo:
-    """Upright size in pixels, frames per second (a nominal 25 for an image), frame count if the file states it."""
+    """Upright size in pixels, frames per second (a nominal 25 for an image), frame count if the file states it, the
+    codecs of its sound, and whether it is an image."""
 
     width: int
     height: int
     fps: Fraction
     frames: int | None
+    sound: tuple[str, ...] = ()
+    is_image: bool = False
 
 
 def probe(path: PathLike) -> VideoInfo:
     """Reads size, rate and length of a clip or image; FileNotFoundError or ValueError where nothing decodes."""
     with _open(path) as (container, stream):
         height, width = _upright_size(next(_decode(path, container, stream)))
-        return VideoInfo(width, height, _rate(stream), 1 if _is_image(container) else stream.frames or None)
+        sound = tuple(track.codec_context.name for track in container.streams.audio if track.codec_context)
+        is_image = _is_image(container)
+        frames = 1 if is_image else stream.frames or None
+        return VideoInfo(width, height, _rate(stream), frames, sound, is_image)
 
 
-def read_frames(path: PathLike, size: Size | None = None, frames: int | None = None) -> Iterator[np.ndarray]:
+def read_frames(
+    path: PathLike, size: Size | None = None, frames: int | None = None, start: int = 0
+) -> Iterator[np.ndarray]:
     """Yields the uint8 (H, W, 3) frames of a clip, or the one of an image, upright; at most `frames` of them.
 
+    The `start` frames before them are left out.
     With `size` = (height, width) a frame is scaled to cover it and centre-cropped; one larger by under a sixteenth on
     both sides is only cropped, and so stays sharp. Without, all get the first one's size. Pixel aspect is ignored.
     A damaged or shortened file gives its frames up to the damage, then ValueError. What goes unseen: up to two frames
@@ -47,10 +56,12 @@ def read_frames(path: PathLike, size: Size | None = None, frames: int | None = N
     """
     if frames is not None and frames < 1:
         raise ValueError(f"frames={frames}: expected 1 or more, or None for the whole clip")
+    if start < 0:
+        raise ValueError(f"start={start}: expected 0 or more")
     if size is not None and (len(size) != 2 or min(size) < 1):
         raise ValueError(f"size={size}: expected (height, width) of 1 pixel or more")
     _check_source(path)
-    return _read(path, size, frames)
+    return _read(path, size, start, None if frames is None else start + frames)
 
 
 def read_clip(path: PathLike, size: Size | None = None, frames: int | None = None) -> np.ndarray:
@@ -97,11 +108,12 @@ def _open(path):
         yield container, streams[0]
 
 
-def _read(path, size, frames):
+def _read(path, size, start, end):
     with _open(path) as (container, stream):
-        for frame in itertools.islice(_decode(path, container, stream), frames):
+        for i, frame in enumerate(itertools.islice(_decode(path, container, stream), end)):
             size = size or _upright_size(frame)
-            yield _upright_pixels(frame, size)
+            if i >= start:
+                yield _upright_pixels(frame, size)
 
 
 def _decode(path, container, stream):
@@ -113,7 +125,7 @@ def _decode(path, container, stream):
         for packet in container.demux(stream):
             start = packet.dts if packet.pts is None else packet.pts
             if start is not None:
-                end = max(end, (start + packet.duration) * _fraction(packet.time_base))
+                end = max(end, (start + packet.duration) * as_fraction(packet.time_base))
             if packet.is_corrupt or (_is_image(container) and _is_cut_jpeg(bytes(packet))):
                 raise ValueError("a packet is incomplete")
             for frame in packet.decode():
@@ -138,7 +150,7 @@ def _decode(path, container, stream):
 def _stated_end(container, stream):
     """The second at which the stream ends by its header; None where the header is silent and FFmpeg only guesses."""
     if "mp4" in container.format.name and stream.duration:
-        return ((stream.start_time or 0) + stream.duration) * _fraction(stream.time_base)
+        return ((stream.start_time or 0) + stream.duration) * as_fraction(stream.time_base)
     if "matroska" in container.format.name:
         clock = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))
         return clock and 3600 * int(clock[1]) + 60 * int(clock[2]) + Fraction(clock[3])
@@ -177,7 +189,8 @@ def _quarters(frame):
     return round(frame.rotation / 90)  # counterclockwise, as in np.rot90
 
 
-def _fraction(rational):
+def as_fraction(rational: Any) -> Fraction:
+    """Gives FFmpeg's kind of fraction as Python's."""
     return Fraction(rational.numerator, rational.denominator)  # PyAV 19 has a type of its own
 
 
@@ -185,4 +198,4 @@ def _rate(stream):
     rate = stream.average_rate or stream.guessed_rate
     if not rate:
         raise ValueError(f"{stream.container.name}: states no frame rate; convert it to .mp4 first")
-    return _fraction(rate)
+    return as_fraction(rate)

@@ -1,4 +1,4 @@
-"""Writes video files through PyAV (FFmpeg), frame by frame, without sound.
+"""Writes video files, frame by frame and without sound, and images, through PyAV (FFmpeg).
 
 T frames, H W pixels, always RGB.
 """
@@ -81,3 +81,15 @@ class VideoWriter:
             if not self.frames:
                 raise ValueError(f"{self.path}: no frame was written, so no file is left; write() at least one")
             self._container.mux(self._stream.encode())
+
+
+def write_image(path: PathLike, frame: np.ndarray) -> None:
+    """Writes a uint8 RGB frame (H, W, 3) to a PNG file, which takes its name when it is complete."""
+    import av
+
+    if not str(path).lower().endswith(".png"):
+        raise ValueError(f"{path}: images are written as .png")
+    if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] != 3:
+        raise ValueError(f"got {frame.dtype} {frame.shape}, expected uint8 (H, W, 3)")
+    with replacing(path) as part:
+        av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24").save(str(part))

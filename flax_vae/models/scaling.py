@@ -1,6 +1,9 @@
 """Latents as a diffusion model wants them: shifted and scaled, the first frame and the later ones apart."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +38,21 @@ class LatentScaling:
         if variant not in first:
             raise ValueError(f"variant must be one of {', '.join(sorted(first))}, got {variant!r}")
         return cls(*first[variant], -0.2343, 1 / 3.0986)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "LatentScaling":
+        """Reads what `to_dict` gives; ValueError for anything else."""
+        names = [field.name for field in fields(cls)]
+        if not isinstance(values, Mapping) or set(values) != set(names):
+            raise ValueError(f"expected the statistics {', '.join(names)}, got {values!r:.99}")
+        given = {name: tuple(x) if isinstance(x := values[name], list) else x for name in names}
+        if not all(isinstance(x, int | float) and math.isfinite(x) for v in given.values() for x in np.atleast_1d(v)):
+            raise ValueError("statistics must be finite numbers, one or one a channel")
+        return cls(**given)
+
+    def to_dict(self) -> dict[str, float | list[float]]:
+        """Gives the four statistics as JSON can hold them."""
+        return {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(self).items()}
 
     def normalize(self, latents: Latents, start: bool = True) -> Latents:
         """Gives (z - shift) * scale of (B, t, h, w, z); `start` is False for a later chunk of a stream."""

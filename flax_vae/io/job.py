@@ -1,0 +1,144 @@
+"""Long work that can be stopped at any moment, kill -9 included, and gone on with to the same result."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from flax_vae.io.trees import load_tree, save_tree
+
+PROGRESS, LOCK, PIECES = "progress.safetensors", "lock", "pieces"
+SHARE = 20  # a save of what has been done may take one part in so many of the time
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the work has come: whole pieces that are written, frames and latents in them, whether that is all."""
+
+    pieces: int = 0
+    frames: int = 0
+    latents: int = 0
+    is_complete: bool = False
+
+
+class Job:
+    """A folder `.NAME.part` beside the `target`, with the pieces of it that are done and the state to go on from.
+
+    `with Job(target, settings, resume) as job:` write piece `job.progress.pieces` into `job.folder`, then `commit` it,
+    and so on; after the last one make the target of them. The folder goes when that is done, and stays when anything
+    fails after the first commit. `settings` are all that the result depends on.
+
+    Raises ValueError when there is work to go on with but not `resume`, when it was begun with other settings, or when
+    another process is at it.
+    """
+
+    def __init__(self, target: Path, settings: Mapping[str, object], resume: bool):
+        self.target, self.folder = target, folder_of(target)
+        self.settings = {key: str(value) for key, value in settings.items()}
+        self.progress, self.carry = Progress(), None
+        self._decisions: dict[str, int] = {}
+        self._resume, self._saved, self._cost = resume, 0.0, 0.0
+
+    def __enter__(self) -> Job:
+        check_begun(self.target, self._resume)
+        self.folder.mkdir(exist_ok=True)
+        self._lock = filelock.FileLock(self.folder / LOCK)
+        try:
+            self._lock.acquire(blocking=False)
+        except filelock.Timeout:
+            raise ValueError(f"{self.target}: another process is writing it") from None
+        try:
+            if (self.folder / PROGRESS).exists():
+                self._restore()
+            self._clean()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        self._lock.release()
+        if kind is None or not (self.folder / PROGRESS).exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def decision(self, name: str, decide: Callable[[], int]) -> int:
+        """Gives what `decide` says, or what it said when the work was begun."""
+        if name not in self._decisions:
+            self._decisions[name] = decide()
+        return self._decisions[name]
+
+    def piece(self, suffix: str, number: int | None = None) -> Path:
+        """Gives the path of a piece, by default of the next one."""
+        return self.folder / PIECES / f"{self.progress.pieces if number is None else number:05d}{suffix}"
+
+    def pieces(self, suffix: str) -> list[Path]:
+        """Gives the paths of all pieces that are done."""
+        return [self.piece(suffix, number) for number in range(self.progress.pieces)]
+
+    def commit(self, carry: Any, frames: int, latents: int, is_complete: bool) -> None:
+        """Notes that one more piece is whole, of so many frames and latents, and how to go on after it.
+
+        Where saving takes long, it is not done for every piece: what comes after the last save is then done again.
+        """
+        done = self.progress
+        self.progress = Progress(done.pieces + 1, done.frames + frames, done.latents + latents, is_complete)
+        began = time.monotonic()
+        if is_complete or began - self._saved >= SHARE * self._cost:
+            texts = {"settings": self.settings, "decisions": self._decisions, "progress": asdict(self.progress)}
+            about = {key: json.dumps(value) for key, value in texts.items()}
+            save_tree(self.folder / PROGRESS, None if is_complete else carry, about)
+            self._saved = time.monotonic()
+            self._cost = self._saved - began
+
+    def become(self) -> None:
+        """Makes the folder of the pieces the target, in the place of what was there."""
+        pieces = self.folder / PIECES
+        if not any(pieces.iterdir()):
+            return  # stopped when it was done already
+        if self.target.exists():
+            os.replace(self.target, self.folder / "old")
+        os.replace(pieces, self.target)
+
+    def _restore(self) -> None:
+        carry, about = load_tree(self.folder / PROGRESS)
+        before, decisions, progress = (json.loads(about[key]) for key in ("settings", "decisions", "progress"))
+        progress = Progress(**progress)
+        names = sorted(self.settings.keys() | before.keys())
+        changed = [name for name in names if before.get(name) != self.settings.get(name)]
+        if changed:
+            listed = "; ".join(f"{name} was {before.get(name)}, now {self.settings.get(name)}" for name in changed)
+            raise ValueError(f"{self.target}: was begun otherwise ({listed}): go on as begun, or remove {self.folder}")
+        self.carry, self.progress, self._decisions = carry, progress, decisions
+
+    def _clean(self) -> None:
+        """Removes what is half-written, or of a piece that is to be done again."""
+        (self.folder / PIECES).mkdir(exist_ok=True)
+        for path in self.folder.iterdir():
+            if path.name not in (PROGRESS, LOCK, PIECES):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in (self.folder / PIECES).iterdir():
+            if not path.stem.isdecimal() or int(path.stem) >= self.progress.pieces:
+                path.unlink()
+
+
+def folder_of(target: Path) -> Path:
+    """Gives the folder in which a target is made."""
+    return target.absolute().with_name(f".{target.name}.part")
+
+
+def check_begun(target: Path, resume: bool) -> None:
+    """Raises ValueError when there is work on the target to go on with, but not `resume`."""
+    folder = folder_of(target)
+    if not resume and (folder / PROGRESS).exists():
+        raise ValueError(
+            f"{target}: part of it is done, by a command that was stopped: give --resume to go on, or remove {folder} "
+            "to start anew"
+        )

@@ -1,0 +1,156 @@
+"""Latents on disk: safetensors files with `mean` and `logvar`, (1, t, h, w, z), and what decoding them takes.
+
+A clip is one file, or a folder of them, each with the latents that follow those of the one before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flax_vae.io.files import PathLike, replacing
+from flax_vae.io.weights import Arrays, SafetensorsFile, write_safetensors
+
+FORMAT = {"format": "flax_vae latents", "version": "2"}
+SUFFIX = ".safetensors"
+NAMES = ("mean", "logvar")
+
+
+@dataclass(frozen=True)
+class About:
+    """What latents files say of their clip: its frames are `height` x `width` pixels, `fps` a second.
+
+    `config` and `weights` are hashes of the model's; `scaling` holds the statistics by which a diffusion model is to
+    shift and scale these latents, which are stored as the encoder gave them.
+    """
+
+    height: int
+    width: int
+    fps: Fraction
+    config: str
+    weights: str
+    scaling: Mapping[str, Any] | None = None
+
+    def to_metadata(self) -> dict[str, str]:
+        """Gives the texts that a safetensors file can hold."""
+        texts = {name: str(getattr(self, name)) for name in ("height", "width", "fps", "config", "weights")}
+        return {**FORMAT, **texts, "scaling": json.dumps(self.scaling)}
+
+    @classmethod
+    def from_metadata(cls, texts: Mapping[str, str]) -> About:
+        """Reads what `to_metadata` gave; ValueError or KeyError for anything else."""
+        if {key: texts.get(key) for key in FORMAT} != FORMAT:
+            raise ValueError(f"holds no latents of version {FORMAT['version']}; flax-vae encode writes them")
+        sizes = int(texts["height"]), int(texts["width"])
+        return cls(*sizes, Fraction(texts["fps"]), texts["config"], texts["weights"], json.loads(texts["scaling"]))
+
+
+def write_latents(
+    path: PathLike, about: About, mean: np.ndarray, logvar: np.ndarray, frames: int, start: int = 0, last: bool = True
+) -> None:
+    """Writes latents (1, t, h, w, z), which stand for `frames` frames of a clip; the file takes its name when complete.
+
+    `start` is the place of the first of them among the clip's latents, `last` whether the clip ends with these.
+    """
+    place = {"start": str(start), "frames": str(frames), "last": json.dumps(last)}
+    with replacing(path) as part:
+        write_safetensors(part, Arrays({"mean": mean, "logvar": logvar}), about.to_metadata() | place)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of latents: where they belong, and how many frames they stand for."""
+
+    path: Path
+    about: About
+    shape: tuple[int, ...]
+    start: int
+    frames: int
+    last: bool
+
+    @classmethod
+    def open(cls, path: Path) -> Shard:
+        """Reads a file's header."""
+        file = SafetensorsFile(path)
+        try:
+            about = About.from_metadata(file.metadata)
+            start, frames = (int(file.metadata[key]) for key in ("start", "frames"))
+            shapes = {file.specs[name] for name in NAMES}
+            (shape, _), *others = shapes
+            if others or len(shape) != 5 or shape[0] != 1 or 0 in shape or min(start, frames - 1) < 0:
+                raise ValueError(f"expected mean and logvar of one shape (1, t, h, w, z), got {sorted(shapes)}")
+            return cls(path, about, shape, start, frames, bool(json.loads(file.metadata["last"])))
+        except (ValueError, KeyError, TypeError, ZeroDivisionError, RecursionError) as error:
+            raise ValueError(f"{path}: not a latents file, or damaged: {error}") from None
+
+    def read(self, name: str) -> np.ndarray:
+        """Gives `mean` or `logvar`."""
+        return SafetensorsFile(self.path).read(name)
+
+
+def first_file(folder: Path) -> Path:
+    """Gives the path of the first of a clip's files."""
+    return folder / f"00000{SUFFIX}"
+
+
+class Latents:
+    """The latents of one clip, read from a file or a folder of files as they are needed.
+
+    Raises FileNotFoundError, or ValueError for files that are damaged, or not all of one clip.
+    """
+
+    def __init__(self, path: PathLike):
+        path = Path(path)
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such file or folder; flax-vae encode writes latents")
+        files = sorted(path.glob(f"[!.]*{SUFFIX}")) if path.is_dir() else [path]
+        if not files:
+            raise ValueError(f"{path}: holds no latents (*{SUFFIX}); flax-vae encode writes them")
+        self.path, self.shards = path, [Shard.open(file) for file in files]
+        self._check()
+        self.about = self.shards[0].about
+
+    @property
+    def frames(self) -> int:
+        """Frames of the clip."""
+        return sum(shard.frames for shard in self.shards)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Frames, height, width and channels of the latents."""
+        _, _, *size = self.shards[0].shape
+        return (sum(shard.shape[1] for shard in self.shards), *size)
+
+    @property
+    def identity(self) -> str:
+        """What tells these files from others: where they are, how large, and when they were last written."""
+        status = [(shard.path.absolute(), shard.path.stat()) for shard in self.shards]
+        text = repr([(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in status])
+        return f"{self.path.absolute()} ({hashlib.sha256(text.encode()).hexdigest()[:16]})"
+
+    def means(self, start: int = 0) -> Iterator[np.ndarray]:
+        """Yields one mean (h, w, z) after the other, from `start` on."""
+        for shard in self.shards:
+            if shard.start + shard.shape[1] > start:
+                yield from shard.read("mean")[0, max(start - shard.start, 0) :]
+
+    def read(self, name: str = "mean") -> np.ndarray:
+        """Gives all of `mean` or `logvar`, (1, t, h, w, z)."""
+        return np.concatenate([shard.read(name) for shard in self.shards], axis=1)
+
+    def _check(self) -> None:
+        start = 0
+        for shard in self.shards:
+            if (shard.start, shard.about, shard.shape[2:]) != (start, self.shards[0].about, self.shards[0].shape[2:]):
+                raise ValueError(f"{shard.path}: does not follow the files before it in {self.path}; encode again")
+            start += shard.shape[1]
+            if shard.last != (shard is self.shards[-1]):
+                what = "goes on after its end" if shard.last else "lacks its end"
+                raise ValueError(f"{self.path}: {what}, the files are not all of one clip; encode again")
