@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Union
 
-COMMANDS = ("info", "port", "encode", "decode", "reconstruct", "demo")
+COMMANDS = ("info", "port", "encode", "decode", "reconstruct", "extract", "demo")
 EXTRAS = {"av": "video", "matplotlib": "video", "torch": "torch"}
 SUMMARY = """Causal video VAEs in JAX: port a torch checkpoint, encode video to latents, decode it, see what is lost.
 

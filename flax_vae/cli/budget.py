@@ -7,6 +7,7 @@ from collections.abc import Callable
 from flax_vae.cli.run import PIECE
 
 MOST = 4  # latents of a chunk; more are no faster, and up to one less than that many are computed for nothing
+MOST_CLIPS = 16  # of a batch; on a CPU one alone is as fast
 Shape = tuple[int, ...]
 
 
@@ -36,3 +37,17 @@ def chunk_latents(step: Callable, shape: Callable[[int], Shape], latents: int | 
         most //= 2
     budget = plan.available_bytes() if budget is None else budget
     return plan.largest(lambda n: plan.step_bytes(step, chunk(0), chunk(n)), budget, min(most, PIECE))
+
+
+def batch_clips(step: Callable, shape: Callable[[int], Shape], latents: int, clips: int, budget: int | None) -> int:
+    """Chooses how many clips of one shape, of `clips` that are left at most, are computed together."""
+    import jax
+    import jax.numpy as jnp
+
+    from flax_vae.runtime import plan
+
+    def chunks(n: int) -> list[jax.ShapeDtypeStruct]:
+        return [jax.ShapeDtypeStruct((n, *shape(size)[1:]), jnp.float32) for size in (0, latents)]
+
+    budget = plan.available_bytes() if budget is None else budget
+    return plan.largest(lambda n: plan.step_bytes(step, *chunks(n)), budget, min(MOST_CLIPS, clips))

@@ -36,6 +36,7 @@ class Clip:
     factor: int
     is_image: bool
     has_sound: bool
+    about: str  # what is done to its size
 
     @property
     def expected(self) -> int | None:
@@ -100,7 +101,7 @@ def expected(clips: Iterable[Clip]) -> int | None:
 
 
 def open_clip(path: Path, config: VAEConfig, size: str | None, frames: int | None) -> Clip:
-    """Finds out what a clip holds and decides its size, and says so; ValueError for a clip or size that will not do."""
+    """Finds out what a clip holds and decides its size; ValueError for a clip or size that will not do."""
     from flax_vae.io.pixels import fit_size
     from flax_vae.io.video import probe
 
@@ -112,13 +113,13 @@ def open_clip(path: Path, config: VAEConfig, size: str | None, frames: int | Non
     if wanted is None and min(info.height, info.width) > SHORT_SIDE:
         wanted = SHORT_SIDE
     height, width = fit_size(info.height, info.width, multiple, wanted)
-    if (height, width) == (info.height, info.width):
-        note(f"{path}: {height}x{width} (height x width), as it is")
-    else:
-        how = "centre-cropped" if wanted is None and min(info.height, info.width) >= multiple else "scaled and cropped"
-        note(f"{path}: {info.height}x{info.width} (height x width), {how} to {height}x{width}, multiples of {multiple}")
+    size_is_kept = wanted is None and min(info.height, info.width) >= multiple
+    changed = f"{'centre-cropped' if size_is_kept else 'scaled and cropped'} to {height}x{width}"
+    fits = (height, width) == (info.height, info.width)
+    about = "as it is" if fits else f"{changed}, multiples of {multiple}"
+    about = f"{path}: {info.height}x{info.width} (height x width), {about}"
     factor, has_sound = config.temporal_factor, bool(info.sound)
-    return Clip(path, height, width, info.fps, frames, info.frames, factor, info.is_image, has_sound)
+    return Clip(path, height, width, info.fps, frames, info.frames, factor, info.is_image, has_sound, about)
 
 
 def filled(frames: int, factor: int) -> int:

@@ -18,6 +18,7 @@ from flax_vae.cli.screen import Meter, note, progress, table
 from flax_vae.cli.sources import pairs
 
 if TYPE_CHECKING:
+    from flax_vae.io.job import Job
     from flax_vae.io.latents import About
 
 Out = Annotated[Path, Positional, arg(metavar="OUT", help="folder to write; replaced if it holds latents")]
@@ -57,7 +58,8 @@ def encode(
 
     config, budget, statistics = read_config(weights), read_budget(memory), read_scaling(scaling)
     work = [(open_clip(path, config, size, frames), target) for path, target in pairs(video, out, "", resume)]
-    for _, target in work:
+    for clip, target in work:
+        note(clip.about)
         check_folder(target, video.is_dir())
         check_begun(target, resume)
     model = load(weights, lossy_tiles)
@@ -65,7 +67,7 @@ def encode(
         out.mkdir(exist_ok=True)
     with progress("encoding", expected(clip for clip, _ in work)) as meter:
         for clip, target in work:
-            encode_clip(clip, target, model, statistics, budget, resume, meter)
+            clip.report(encode_clip(clip, target, model, statistics, budget, resume, meter))
     if not video.is_dir():
         summary(video, out, meter)
     note(f"wrote {out}: {meter.pace()}")
@@ -79,8 +81,8 @@ def encode_clip(
     budget: int | None,
     resume: bool,
     meter: Meter,
-) -> None:
-    """Encodes one clip to a folder of latents, or goes on with it."""
+) -> int:
+    """Encodes one clip to a folder of latents, or goes on with it; gives the number of its frames."""
     from flax_vae.io.job import Job
     from flax_vae.io.latents import About
     from flax_vae.runtime.stream import compiled
@@ -93,7 +95,7 @@ def encode_clip(
             latents = job.decision("chunk", lambda: chunk_latents(step, clip.shape, clip.expected_latents, budget))
             run(job, step, clip.chunks(latents, job.progress.frames), LatentPieces(job, about), meter)
         job.become()
-    clip.report(job.progress.frames)
+    return job.progress.frames
 
 
 class LatentPieces:

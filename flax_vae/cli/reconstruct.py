@@ -17,7 +17,7 @@ from flax_vae.cli.frames import IMAGE, FramePieces, assemble, losses
 from flax_vae.cli.model import Model, load, read_config
 from flax_vae.cli.options import Clip, Frames, LossyTiles, Memory, Resume, Size, Video, Weights
 from flax_vae.cli.run import run
-from flax_vae.cli.screen import Meter, counted, progress, table
+from flax_vae.cli.screen import Meter, counted, note, progress, table
 from flax_vae.cli.sources import check_frames_target, check_target, pairs
 
 
@@ -48,6 +48,7 @@ def reconstruct(
     config, budget = read_config(weights), read_budget(memory)
     work = [(open_clip(path, config, size, frames), target) for path, target in pairs(video, out, IMAGE, resume)]
     for clip, target in work:
+        note(clip.about)
         check_begun(target, resume)
         if not video.is_dir():
             check_frames_target(target, clip.path, 1 if clip.is_image else None)

@@ -40,9 +40,9 @@ COMPILED = 3  # chunks of a stream that wait for compilation, one of them becaus
 
 
 class Meter:
-    """Counts frames as they are done, chunk by chunk."""
+    """Counts frames as they are done, chunk by chunk, and moves a bar where there is one."""
 
-    def __init__(self, bar, task):
+    def __init__(self, bar=None, task=None):
         self._bar, self._task, self.frames, self._chunks = bar, task, 0, 0
         self._start = self._settled = self._last = (time.perf_counter(), 0)
 
@@ -52,11 +52,13 @@ class Meter:
         self._last = time.perf_counter(), self.frames
         if self._chunks <= COMPILED:
             self._settled = self._last
-        self._bar.advance(self._task, frames)
+        if self._bar is not None:
+            self._bar.advance(self._task, frames)
 
     def already(self, frames: int) -> None:
         """Shows frames that another run has done; they count for nothing else."""
-        self._bar.tasks[self._task].completed += frames
+        if self._bar is not None:
+            self._bar.tasks[self._task].completed += frames
 
     def pace(self) -> str:
         """Says how long it took, and for clips of many chunks how fast it went once all was compiled."""
@@ -68,8 +70,8 @@ class Meter:
 
 
 @contextmanager
-def progress(task: str, frames: int | None) -> Iterator[Meter]:
-    """Shows a bar with frames, frames per second and the time left; `frames` is the expected number, if known."""
+def progress(task: str, total: int | None, unit: str = "frames") -> Iterator[Meter]:
+    """Shows a bar with frames, frames per second and the time left; `total` is the expected number, if known."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
     from rich.text import Text
@@ -77,11 +79,11 @@ def progress(task: str, frames: int | None) -> Iterator[Meter]:
     class Speed(ProgressColumn):
         def render(self, task):
             speed = task.completed / task.finished_time if task.finished_time else task.speed
-            return Text(f"{speed:.2f} frames/s" if speed else "compiling")
+            return Text(f"{speed:.2f} {unit}/s" if speed else "compiling")
 
-    words = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("frames"), Speed()
+    words = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), Speed()
     ends = TextColumn("ETA"), TimeRemainingColumn()
     # speed over the last ten minutes: a chunk of frames can take longer than the half minute that is the default
     with Progress(*words, *ends, console=Console(stderr=True), speed_estimate_period=600) as bar:
-        shown = bar.add_task(task, total=frames)
+        shown = bar.add_task(task, total=total)
         yield Meter(bar, shown)

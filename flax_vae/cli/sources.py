@@ -9,8 +9,7 @@ from pathlib import Path
 
 from flax_vae.cli.screen import note
 from flax_vae.io import files
-
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+from flax_vae.io.files import IMAGES
 
 
 def pairs(source: Path, out: Path, suffix: str, resume: bool) -> list[tuple[Path, Path]]:

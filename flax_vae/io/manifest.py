@@ -1,0 +1,129 @@
+"""Data sets of clips: the list of them, and a log of what has become of each, in JSON lines."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from flax_vae.io.files import IMAGES, PathLike, replacing
+
+VIDEOS = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".gif", ".ogv")
+KINDS = ("video", "image")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A clip of a data set: "video" or "image", where it is, and a name of its own."""
+
+    kind: str
+    path: Path
+    name: str
+
+
+def read_entries(source: PathLike) -> list[Entry]:
+    """Lists the clips of a manifest, or all videos and images in a folder and the folders in it, sorted.
+
+    A manifest has a line `{"video": path}` or `{"image": path}` a clip; other keys are for other readers, and paths
+    start from the manifest's folder. Raises FileNotFoundError, or ValueError where there is no clip, naming the line
+    that is something else.
+    """
+    source = Path(source)
+    if not source.exists():
+        raise FileNotFoundError(f"{source}: no such folder or manifest")
+    entries = _in_folder(source) if source.is_dir() else list(dict.fromkeys(_in_manifest(source)))
+    if not entries:
+        raise ValueError(f"{source}: lists no video and no image")
+    return entries
+
+
+def _in_folder(folder: Path) -> list[Entry]:
+    found, folder = [], folder.absolute()
+    for path in sorted(folder.rglob("*")):
+        kind = "image" if path.suffix.lower() in IMAGES else "video" if path.suffix.lower() in VIDEOS else None
+        if kind and path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            found.append(Entry(kind, path, path.relative_to(folder).as_posix()))
+    return found
+
+
+def _in_manifest(path: Path) -> Iterator[Entry]:
+    for number, values in read_lines(path):
+        kinds = [kind for kind in KINDS if isinstance(values, dict) and isinstance(values.get(kind), str)]
+        if len(kinds) != 1:
+            raise ValueError(f'{path}, line {number}: expected {{"video": path}} or {{"image": path}}')
+        clip = (path.parent / values[kinds[0]]).absolute()
+        # a digest, as clips of one name may lie in any folders
+        yield Entry(kinds[0], clip, f"{clip.stem}-{hashlib.sha256(str(clip).encode()).hexdigest()[:12]}{clip.suffix}")
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yields the number and the contents of every line that is not empty; ValueError names one that is not JSON."""
+    with open(path, encoding="utf-8") as file:
+        try:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+
+
+def write_lines(path: PathLike, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Writes one JSON object a line; the file takes its name when it is complete."""
+    with replacing(path) as part, open(part, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+class Log:
+    """A file that gets a line for each thing done, and is read again by whoever goes on with the work.
+
+    Its first line holds the `settings` of the work. A line that was cut off, by a kill -9, is removed. Raises
+    ValueError when the log was begun with other settings, or while another process writes it.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]):
+        self.path, self._settings = path, json.loads(json.dumps(settings, default=str))
+
+    def __enter__(self) -> Log:
+        self._lock = filelock.FileLock(self.path.with_name(f".{self.path.name}.lock"))
+        try:
+            self._lock.acquire(blocking=False)
+        except filelock.Timeout:
+            raise ValueError(f"{self.path}: another process is writing it") from None
+        try:
+            self._file = open(self.path, "a+b")
+            self._file.truncate(sum(len(line) for line in _whole_lines(self.path)))
+            before = next(_whole_lines(self.path), None)
+            if before is None:
+                self.add(self._settings)
+            elif json.loads(before) != self._settings:
+                raise ValueError(f"{self.path}: was begun otherwise, with {before.decode().strip()}; write elsewhere")
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
+        self._lock.release()
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Appends a line at once."""
+        self._file.write(json.dumps(line).encode() + b"\n")
+        self._file.flush()
+
+
+def read_log(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the lines of a log, which may still be written, without the settings; none where there is no log."""
+    yield from (json.loads(line) for line in itertools.islice(_whole_lines(path), 1, None))
+
+
+def _whole_lines(path: Path) -> Iterator[bytes]:
+    if path.exists():
+        with open(path, "rb") as file:
+            yield from (line for line in file if line.endswith(b"\n"))

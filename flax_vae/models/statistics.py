@@ -1,0 +1,105 @@
+"""Mean and standard deviation of the latents of a data set, channel by channel: t h w of latents, z channels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from flax_vae.models.scaling import LatentScaling
+
+
+@dataclass(frozen=True)
+class Moments:
+    """How many values each channel has, their mean, and the sum of their squared distances from it."""
+
+    count: int
+    mean: tuple[float, ...]
+    squares: tuple[float, ...]
+
+    @classmethod
+    def of(cls, mean: np.ndarray, logvar: np.ndarray) -> Moments:
+        """Gives those of latents drawn from the posterior (..., z): its own variance counts too."""
+        mean, logvar = (np.asarray(x, np.float64).reshape(-1, x.shape[-1]) for x in (mean, logvar))
+        center = mean.mean(axis=0) if len(mean) else np.zeros(mean.shape[-1])
+        squares = (np.square(mean - center) + np.exp(logvar)).sum(axis=0)
+        return cls(len(mean), tuple(center.tolist()), tuple(squares.tolist()))
+
+    def __add__(self, other: Moments) -> Moments:
+        """Gives those of all values together (Chan, Golub & LeVeque 1979)."""
+        count = self.count + other.count
+        if not count:
+            return self
+        apart = np.subtract(other.mean, self.mean)
+        mean = np.asarray(self.mean) + apart * (other.count / count)
+        squares = np.add(self.squares, other.squares) + np.square(apart) * (self.count * other.count / count)
+        return Moments(count, tuple(mean.tolist()), tuple(squares.tolist()))
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """The standard deviation of each channel."""
+        return tuple(np.sqrt(np.asarray(self.squares) / self.count).tolist())
+
+    def overall(self) -> str:
+        """Says mean and standard deviation over all channels."""
+        if not self.count:
+            return "none"
+        mean = np.mean(self.mean)
+        std = np.sqrt(np.mean(np.square(self.std) + np.square(self.mean - mean)))
+        return f"{mean:.4f}, {std:.4f}"
+
+
+@dataclass(frozen=True)
+class LatentStatistics:
+    """Moments of the first latent frames of clips, and of the frames after them."""
+
+    first: Moments
+    rest: Moments
+
+    @classmethod
+    def of(cls, mean: np.ndarray, logvar: np.ndarray, start: int = 0) -> LatentStatistics:
+        """Gives those of a posterior (b, t, h, w, z), whose first frame is the `start`-th of its clip."""
+        cut = int(start == 0)
+        return cls(Moments.of(mean[:, :cut], logvar[:, :cut]), Moments.of(mean[:, cut:], logvar[:, cut:]))
+
+    def __add__(self, other: LatentStatistics) -> LatentStatistics:
+        """Gives those of all latents together."""
+        return LatentStatistics(self.first + other.first, self.rest + other.rest)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LatentStatistics:
+        """Reads what `to_dict` gave."""
+
+        def moments(values: Mapping[str, Any]) -> Moments:
+            return Moments(values["count"], tuple(values["mean"]), tuple(values["squares"]))
+
+        return cls(moments(values["first"]), moments(values["rest"]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Gives all numbers as JSON can hold them."""
+        return asdict(self)
+
+    def summary(self) -> dict[str, Any]:
+        """Gives count, mean and standard deviation of every channel, of the first frames and of the rest."""
+        moments = {"first": self.first, "rest": self.rest}
+        return {
+            name: {"count": m.count, "mean": m.mean, "std": m.std if m.count else None} for name, m in moments.items()
+        }
+
+    def scaling(self) -> LatentScaling:
+        """Gives the scaling that brings these latents to mean 0 and standard deviation 1, channel by channel.
+
+        Raises ValueError where there are first frames alone, as of images, or a channel that never changes.
+        """
+        for name, moments in (("first", self.first), ("later", self.rest)):
+            if not moments.count or 0 in moments.std:
+                what = "none" if not moments.count else "a channel that never changes"
+                raise ValueError(f"no scaling can be made: of the {name} frames of clips there is {what}")
+        return LatentScaling(
+            first_shift=self.first.mean,
+            first_scale=tuple(1 / std for std in self.first.std),
+            rest_shift=self.rest.mean,
+            rest_scale=tuple(1 / std for std in self.rest.std),
+        )
