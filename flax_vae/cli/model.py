@@ -38,8 +38,9 @@ def config_of(source: Checkpoint, config: Path | None) -> VAEConfig:
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint in memory, to be run whole or in lossy tiles, and the hash of its weights."""
+    """A checkpoint in memory, what is run of it (itself, or in lossy tiles), and the hash of its weights."""
 
+    checkpoint: CausalVideoVAE
     vae: CausalVideoVAE | LossyTiles
     weights: str
 
@@ -69,7 +70,7 @@ def load(checkpoint: str, lossy_tiles: bool = False) -> Model:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
     note(f"loading {checkpoint}")
     vae = CausalVideoVAE.from_pretrained(checkpoint)
-    return Model(LossyTiles(vae, LossyTiling()) if lossy_tiles else vae, weights_hash(vae))
+    return Model(vae, LossyTiles(vae, LossyTiling()) if lossy_tiles else vae, weights_hash(vae))
 
 
 def weights_hash(vae: CausalVideoVAE) -> str:

@@ -66,3 +66,12 @@ LossyTiles = Annotated[
         help_behavior_hint="",
     ),
 ]
+MeasureTiles = Annotated[
+    bool,
+    FlagCreatePairsOff,
+    arg(
+        help="with --lossy-tiles: print the PSNR of the first frames in tiles against those without, which takes the "
+        "memory that tiles save",
+        help_behavior_hint="",
+    ),
+]
