@@ -5,6 +5,7 @@ A row builds the same thing in both frameworks; shapes are those of the input, B
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from flax import nnx
 import flax_vae
 import torch_ref
 from flax_vae.models.config import narrow
+from flax_vae.runtime.tile import LossyTiles, LossyTiling, in_lossy_tiles
 
 LAYER_TOLERANCE, MODEL_TOLERANCE = 1e-12, 1e-10
 Outputs = dict[str, Any]
@@ -138,12 +140,16 @@ def part(name: str, class_name: str, config: flax_vae.VAEConfig, shape: tuple) -
     )
 
 
-def whole(name: str, config: flax_vae.VAEConfig, shape: tuple, **kwargs) -> Case:
-    """A row for the whole VAE: the posterior of a clip, and the clip decoded from its mode."""
+def whole(name: str, config: flax_vae.VAEConfig, shape: tuple, chunk: int | None = None, **kwargs) -> Case:
+    """A row for the whole VAE: the posterior of a clip, and the clip decoded from its mode.
 
-    def call(vae, x):
-        posterior = vae.encode(x)
-        return {"mean": posterior.mean, "logvar": posterior.logvar, "video": vae.decode(posterior.mode())}
+    With `chunk`, flax_vae encodes so many frames at a time and decodes as many latents as come of them.
+    """
+    frames, latents = ({}, {}) if chunk is None else ({"chunk": chunk}, {"chunk": chunk // config.temporal_factor})
+
+    def call(vae, x, encode=frames, decode=latents):
+        posterior = vae.encode(x, **encode)
+        return {"mean": posterior.mean, "logvar": posterior.logvar, "video": vae.decode(posterior.mode(), **decode)}
 
     return Case(
         name,
@@ -151,9 +157,42 @@ def whole(name: str, config: flax_vae.VAEConfig, shape: tuple, **kwargs) -> Case
         build_flax=lambda: flax_vae.CausalVideoVAE(config, rngs=nnx.Rngs(0)),
         build_torch=lambda: torch_ref.CausalVideoVAE.from_config(config.to_dict()),
         call_flax=call,
-        call_torch=call,
+        call_torch=lambda vae, x: call(vae, x, {}, {}),
         tolerance=MODEL_TOLERANCE,
         **kwargs,
+    )
+
+
+def tiled(name: str, direction: str, height: int, width: int, tile: int = 8, overlap: int = 2) -> Case:
+    """A row for one resampler in lossy tiles of so many pixels, where a latent spans 2 pixels."""
+    down = direction == "down"
+    factor, ratio = (1, Fraction(1, 2)) if down else (2, Fraction(2))
+    ours = LossyTiling(tile // factor, overlap // factor)
+    torchs = torch_ref.LossyTiling(tile, overlap)
+    return replace(
+        layer(
+            f"tiles-{direction}-{name}",
+            (1, 2, height // factor, width // factor, 4),
+            "SpatialDownsample" if down else "SpatialUpsample",
+            4,
+        ),
+        call_flax=lambda layer, x: {"y": in_lossy_tiles(layer, ours, ratio)(x)[0]},
+        call_torch=lambda layer, x: {"y": torchs.join(torchs.cut(x, factor, layer), overlap // 2 * factor)},
+    )
+
+
+def tiled_whole(name: str, config: flax_vae.VAEConfig, shape: tuple, tile: int, overlap: int, **kwargs) -> Case:
+    """A row for the whole VAE in lossy tiles."""
+    row, torchs = whole(name, config, shape, **kwargs), torch_ref.LossyTiling(tile, overlap)
+
+    def call_torch(vae, x):
+        posterior = torchs.encode(vae, x)
+        return {"mean": posterior.mean, "logvar": posterior.logvar, "video": torchs.decode(vae, posterior.mode())}
+
+    return replace(
+        row,
+        call_flax=lambda vae, x: row.call_flax(LossyTiles(vae, LossyTiling(tile, overlap)), x),
+        call_torch=call_torch,
     )
 
 
@@ -177,6 +216,15 @@ SHALLOW = flax_vae.VAEConfig(
     encoder_spatial_down_sample=(True, False), decoder_spatial_up_sample=(False, True),
     encoder_temporal_down_sample=(False, True), decoder_temporal_up_sample=(False, True),
     encoder_block_dropout=(0.0,) * 2, decoder_block_dropout=(0.0,) * 2,
+)  # fmt: skip
+SINGLE = flax_vae.VAEConfig(
+    encoder_out_channels=3, decoder_in_channels=3, encoder_norm_num_groups=2, decoder_norm_num_groups=2,
+    encoder_block_out_channels=(6,), decoder_block_out_channels=(4,),
+    encoder_layers_per_block=(1,), decoder_layers_per_block=(1,),
+    encoder_down_block_types=("DownEncoderBlockCausal3D",), decoder_up_block_types=("UpDecoderBlockCausal3D",),
+    encoder_spatial_down_sample=(True,), decoder_spatial_up_sample=(True,),
+    encoder_temporal_down_sample=(True,), decoder_temporal_up_sample=(True,),
+    encoder_block_dropout=(0.0,), decoder_block_dropout=(0.0,),
 )  # fmt: skip
 UNEVEN = flax_vae.VAEConfig(
     encoder_out_channels=5, decoder_in_channels=5, encoder_norm_num_groups=4, decoder_norm_num_groups=3,
@@ -272,5 +320,16 @@ CASES = [
     whole("vae-narrow", NARROW, (1, 9, 16, 8, 3)),
     whole("vae-shallow", SHALLOW, (2, 5, 7, 6, 3)),
     whole("vae-uneven", UNEVEN, (1, 5, 9, 11, 3)),
+    whole("vae-remat", replace(SINGLE, remat=True), (2, 3, 5, 4, 3)),
+    whole("vae-chunks", SINGLE, (2, 5, 5, 4, 3), chunk=2, slow=True),
+    tiled("whole-tiles", "up", 20, 26),
+    tiled("odd-size", "down", 17, 23),
+    tiled("last-merged", "up", 16, 30, 12, 4),
+    tiled("odd-size-last-merged", "down", 13, 21),
+    tiled("half-overlapping", "up", 18, 22, 8, 4),
+    tiled("one-row", "up", 6, 22),
+    tiled("one-column", "down", 22, 8),
+    tiled("one", "down", 7, 8),
+    tiled_whole("vae-tiles", SINGLE, (1, 3, 17, 23, 3), 8, 2, gradients=False),
     whole("vae-full-335M", flax_vae.VAEConfig.full(), (1, 9, 32, 32, 3), slow=True, gradients=False, draws=1),
 ]  # fmt: skip

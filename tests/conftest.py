@@ -1,7 +1,10 @@
 """What every test runs under: the CPU unless told otherwise, nothing promoted in silence, signatures checked."""
 
+import contextlib
 import functools
 import os
+import signal
+import sys
 from importlib.util import find_spec
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -102,3 +105,60 @@ def run_chunks(step, x, plan, tamper=lambda carry: carry):
         outputs.append(y)
         start += frames
     return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *outputs), carry
+
+
+@pytest.fixture(scope="session")
+def power():
+    """Gives what lets the power fail: `with power.fails(folder, after):` stops a process as kill -9 does."""
+    return Power()
+
+
+class PowerFailure(BaseException):
+    """Nothing may be done after this one, least of all cleaning up."""
+
+
+class Power:
+    """Counts what is done to files in a folder, and lets nothing be done from a moment on."""
+
+    CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
+
+    def __init__(self):
+        self._folder, self.changes, self._last, self._is_off = None, 0, None, False
+        sys.addaudithook(self._watch)
+
+    @contextlib.contextmanager
+    def fails(self, folder, after=None):
+        """Fails after so many changes, or never; `changes` counts them. Gives whether it has failed, as a list."""
+        self._folder, self.changes, self._last, self._is_off = os.fspath(folder), 0, after, False
+        failures = []
+        try:
+            yield failures
+        except PowerFailure:
+            failures.append(True)
+        finally:
+            self._folder = None
+
+    def _watch(self, event, args):
+        if self._folder is None or not self._is_change(event, args):
+            return
+        if self._is_off or self.changes == self._last:
+            self._is_off = True
+            raise PowerFailure
+        self.changes += 1
+
+    def _is_change(self, event, args):
+        if event not in self.CHANGES and not (event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)):
+            return False
+        path, is_relative = args[0], event in ("os.remove", "os.rmdir") and args[-1] != -1  # rmtree goes by descriptors
+        return is_relative or (isinstance(path, str | os.PathLike) and os.fspath(path).startswith(self._folder))
+
+
+@pytest.fixture
+def python_signals():
+    """Has signals handled as Python does by itself, for one test: a suite started in the background ignores SIGINT."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -1,5 +1,7 @@
 """Latents scaled for a diffusion model, against numpy: b batch, t frames, h w latent pixels, z channels."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,3 +79,48 @@ def test_statistics_of_another_number_of_channels_are_refused(noise):
 def test_a_scale_of_zero_is_refused():
     with pytest.raises(ValueError, match="cannot be undone"):
         LatentScaling(0.0, 0.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("scaling", [LatentScaling.released("sd3"), PER_CHANNEL], ids=["sd3", "per channel"])
+def test_statistics_pass_through_json_to_the_last_bit(scaling):
+    assert LatentScaling.from_dict(json.loads(json.dumps(scaling.to_dict()))) == scaling
+
+
+def test_whole_numbers_are_statistics_too():
+    values = {"first_shift": 0, "first_scale": [1, 2.5], "rest_shift": 0.0, "rest_scale": -1}
+    assert LatentScaling.from_dict(values) == LatentScaling(0.0, (1.0, 2.5), 0.0, -1.0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"first_shift": "0"},
+        {"first_shift": None},
+        {"first_shift": True},
+        {"first_shift": [0.0, None]},
+        {"first_shift": [[0.0, 1.0]]},
+        {"first_shift": [[0.0], [0.0, 1.0]]},
+        {"first_shift": []},
+        {"first_shift": float("nan")},
+        {"first_scale": [1.0, float("inf")]},
+        {"first_shift": 10**400},
+        {"first_scale": {"a": 1}},
+    ],
+)
+def test_what_is_no_finite_number_is_refused(change):
+    with pytest.raises(ValueError, match="finite numbers, one or one a channel"):
+        LatentScaling.from_dict(LatentScaling.released("flux").to_dict() | change)
+
+
+@pytest.mark.parametrize("values", [None, [1, 2, 3, 4], {}, {"first_shift": 0.0}, {"a" * 10**6: 1}])
+def test_what_are_no_statistics_is_refused_with_what_was_expected(values):
+    with pytest.raises(
+        ValueError, match="expected the statistics first_shift, first_scale, rest_shift, rest_sc"
+    ) as caught:
+        LatentScaling.from_dict(values)
+    assert len(str(caught.value)) < 300
+
+
+def test_a_scale_of_zero_is_refused_in_a_file_too():
+    with pytest.raises(ValueError, match="cannot be undone"):
+        LatentScaling.from_dict(LatentScaling.released("flux").to_dict() | {"rest_scale": [1.0, 0.0]})

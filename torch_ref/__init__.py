@@ -20,7 +20,7 @@ from torch_ref.layers import (
     causal_padding,
     conv_output_size,
 )
-from torch_ref.models import CausalVideoVAE, Decoder, DiagonalGaussian, Encoder, LatentScaling, VAEConfig
+from torch_ref.models import CausalVideoVAE, Decoder, DiagonalGaussian, Encoder, LatentScaling, LossyTiling, VAEConfig
 
 __all__ = [
     "Attention",
@@ -35,6 +35,7 @@ __all__ = [
     "DownBlock",
     "Encoder",
     "LatentScaling",
+    "LossyTiling",
     "MidBlock",
     "SpatialDownsample",
     "SpatialUpsample",

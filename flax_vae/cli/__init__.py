@@ -33,21 +33,22 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     signal.signal(signal.SIGTERM, terminate)
     try:
-        run(list(sys.argv[1:] if args is None else args))
+        call(list(sys.argv[1:] if args is None else args))
     except KeyboardInterrupt as stop:
         what, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
-        print(f"flax-vae: {what}; nothing half-written is left", file=sys.stderr, flush=True)
+        print("\n".join([f"flax-vae: {what}; nothing half-written is left", *notes(stop)]), file=sys.stderr, flush=True)
         os._exit(code)  # at once: XLA may be compiling in a thread, and Python's own way out crashes under it
     except CheckFailed as error:
         fail(str(error), 1)
     except ModuleNotFoundError as error:
         fail(missing_package(error), 2)
     except (ValueError, OSError, ImportError) as error:
-        fail(str(error), 2)
+        fail("\n".join([str(error), *notes(error)]), 2)
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        fail(f"out of memory; give a smaller --size ({str(error).splitlines()[0]})", 2)
+        what = f"out of memory; give a smaller --memory or --size ({str(error).splitlines()[0]})"
+        fail("\n".join([what, *notes(error)]), 2)
     sys.exit(0)
 
 
@@ -56,7 +57,12 @@ def terminate(*_) -> None:
     raise Terminated
 
 
-def run(args: list[str]) -> None:
+def notes(error: BaseException) -> list[str]:
+    """Gives what an error says beside its message: what is done, and how to go on."""
+    return getattr(error, "__notes__", [])
+
+
+def call(args: list[str]) -> None:
     """Parses the arguments and calls the command; tyro itself exits for --help and for wrong usage."""
     import tyro
 

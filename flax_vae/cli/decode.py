@@ -16,7 +16,7 @@ from flax_vae.cli.model import Model, config_hash, load, read_config
 from flax_vae.cli.options import Clip, LossyTiles, Memory, Resume, Weights
 from flax_vae.cli.run import Chunk, marked, run
 from flax_vae.cli.screen import Meter, note, progress
-from flax_vae.cli.sources import check_frames_target, named
+from flax_vae.cli.sources import check_apart, check_frames_target, named
 
 if TYPE_CHECKING:
     from flax_vae.io.job import Progress
@@ -108,6 +108,7 @@ def sources(path: Path, out: Path, config: VAEConfig, weights: str, resume: bool
     if entries == [path]:
         check_frames_target(out, path, opened[path].frames)
         return [(opened[path], out)]
+    check_apart(out, path)
     suffixes = {entry: IMAGE if source.frames == 1 else VIDEO for entry, source in opened.items()}
     return [(opened[entry], target) for entry, target in named(suffixes, out, resume)]
 

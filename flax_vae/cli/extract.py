@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -70,10 +70,13 @@ def extract(
     config, budget, entries = read_config(weights), read_budget(memory), read_entries(source)
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"{out}: there is no folder {out.absolute().parent}; create it first")
-    model = load(weights, lossy_tiles)
-    (out / LATENTS).mkdir(parents=True, exist_ok=True)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: is a file; give a folder to write")
     logs = check_parts(out, parts)
-    settings = {"size": size, "frames": frames, "parts": parts, **model.identity}
+    model = load(weights, lossy_tiles)
+    settings = {"size": size, "frames": frames, **model.identity}
+    check_settings(logs, settings)
+    (out / LATENTS).mkdir(parents=True, exist_ok=True)
     with Log(logs[number - 1], settings) as log:
         mine = [entry for i, entry in enumerate(entries) if i % parts == number - 1]
         Extraction(out, model, budget, log).run(mine, lambda path: open_clip(path, config, size, frames))
@@ -96,22 +99,33 @@ def check_parts(out: Path, parts: int) -> list[Path]:
     return logs
 
 
+def check_settings(logs: Sequence[Path], settings: Mapping[str, object]) -> None:
+    """Raises ValueError where another part was begun otherwise; only the machine may be another."""
+    from flax_vae.io.manifest import as_json, read_settings
+
+    for log in logs:
+        before = read_settings(log)
+        if before and {**before, "device": None} != as_json({**settings, "device": None}):
+            raise ValueError(f"{log}: was begun otherwise, with {json.dumps(before)}; write elsewhere, or as begun")
+
+
 def finish(source: Path, out: Path, entries: Sequence[Entry], logs: Sequence[Path]) -> None:
     """Writes the manifest, the list of failures and the statistics, once every clip is done or has failed."""
     from flax_vae.io.manifest import read_log, write_lines
     from flax_vae.models.statistics import LatentStatistics
 
+    kinds = {str(entry.path): entry.kind for entry in entries}
     latents: dict[str, str] = {}
     errors: dict[str, str] = {}
     total = None
     for line in (line for log in logs for line in read_log(log)):
-        if "latents" in line:
-            latents[line["path"]] = line["latents"]
+        path = line["path"]
+        if "error" in line:
+            errors[path] = line["error"]
+        elif path in kinds and path not in latents:  # another part may have done it before the list of clips changed
+            latents[path] = line["latents"]
             part = LatentStatistics.from_dict(line["statistics"])
             total = part if total is None else total + part
-        else:
-            errors[line["path"]] = line["error"]
-    kinds = {str(entry.path): entry.kind for entry in entries}
     if missing := kinds.keys() - latents.keys() - errors.keys():
         note(f"{len(missing)} of {len(kinds)} clips are other parts' to do; the last to end writes {out / STATISTICS}")
         return

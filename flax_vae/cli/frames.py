@@ -84,7 +84,7 @@ class Loss:
 
         if not self._quality:
             return
-        numbers, before, after = (np.stack(column) for column in zip(*self._samples, strict=True))
+        numbers, before, after = zip(*self._samples, strict=True) if self._samples else ((), (), ())
         with replacing(path) as part:
             np.savez(part, quality=self._quality, numbers=numbers, before=before, after=after)
         self._start += len(self._quality)
@@ -115,7 +115,8 @@ def assemble(job: Job, target: Path, fps: Fraction, sound: Path | None = None) -
     from flax_vae.io.join import join
 
     if target.suffix.lower() == IMAGE:
-        os.replace(job.piece(IMAGE, 0), target)
+        if job.piece(IMAGE, 0).exists():  # or it has its name already, and was stopped after that
+            os.replace(job.piece(IMAGE, 0), target)
         return
     whole = job.folder / f"whole{target.suffix}"  # not beside the target, where kill -9 would leave it for ever
     try:

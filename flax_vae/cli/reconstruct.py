@@ -21,6 +21,7 @@ from flax_vae.cli.options import Clip, Frames, LossyTiles, MeasureTiles, Memory,
 from flax_vae.cli.run import run
 from flax_vae.cli.screen import Meter, counted, note, progress, table
 from flax_vae.cli.sources import check_frames_target, check_target, pairs
+from flax_vae.io.files import IMAGES
 
 
 def reconstruct(
@@ -50,6 +51,7 @@ def reconstruct(
 
     if measure_tiles and not lossy_tiles:
         raise ValueError("--measure-tiles measures --lossy-tiles: give both")
+    check_sheets(video)
     config, budget = read_config(weights), read_budget(memory)
     work = [(open_clip(path, config, size, frames), target) for path, target in pairs(video, out, IMAGE, resume)]
     for clip, target in work:
@@ -66,7 +68,8 @@ def reconstruct(
         for clip, target in work:
             quality += reconstruct_clip(clip, target, model, budget, resume, meter)
     rows = [tiles_row(clip, model) for clip, _ in work[:1]] if measure_tiles else []
-    report(video, out, quality, meter, rows)
+    if work:
+        report(video, out, quality, meter, rows)
 
 
 def reconstruct_clip(
@@ -100,6 +103,13 @@ def reconstruct_chunk(vae: Any, x: Any, carry: Any = None) -> tuple[Any, Any]:
     posterior, encoding = vae.encode_chunk(x, encoding)
     video, decoding = vae.decode_chunk(posterior.mean, decoding)
     return video, (encoding, decoding)
+
+
+def check_sheets(video: Path) -> None:
+    """Raises ValueError where the sheet of one image of a folder would have the name of another image."""
+    names = {path.stem for path in (video.iterdir() if video.is_dir() else ()) if path.suffix.lower() in IMAGES}
+    if twice := sorted(name for name in names if f"{name}_sheet" in names):
+        raise ValueError(f"{video}: the sheets of {', '.join(twice)} would be named as other images; rename those")
 
 
 def sheet_of(target: Path) -> Path:

@@ -15,13 +15,14 @@ from flax_vae.io.files import IMAGES
 def pairs(source: Path, out: Path, suffix: str, resume: bool) -> list[tuple[Path, Path]]:
     """Gives each file to read with what to write of it: the images of a folder become OUT/NAME with this suffix.
 
-    With `resume` those are left out that are there already. Raises ValueError for a folder without images, or with
-    several of one name; what is not an image is left out, and named.
+    With `resume` those are left out that are there already. Raises ValueError for a folder without images, with
+    several of one name, or that is `out` itself; what is not an image is left out, and named.
     """
     if not source.is_dir():
         return [(source, out)]
-    held = sorted(path for path in source.iterdir() if path.is_file() and not path.name.startswith("."))
-    images = [path for path in held if path.suffix.lower() in IMAGES]
+    check_apart(out, source)
+    held = sorted(path for path in source.iterdir() if not path.name.startswith("."))
+    images = [path for path in held if path.suffix.lower() in IMAGES and path.is_file()]
     if not images:
         raise ValueError(f"{source}: a folder without images ({', '.join(IMAGES)}); flax-vae extract takes any clips")
     if others := [path.name for path in held if path not in images]:
@@ -31,15 +32,18 @@ def pairs(source: Path, out: Path, suffix: str, resume: bool) -> list[tuple[Path
 
 def named(suffixes: Mapping[Path, str], out: Path, resume: bool) -> list[tuple[Path, Path]]:
     """Gives each source with OUT/NAME and its suffix; ValueError where two have one name."""
+    from flax_vae.io.job import folder_of
+
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file; for a folder give a folder to write")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"{out}: there is no folder {out.parent}; create it first")
-    counts = Counter(path.stem for path in suffixes)
+    every = [(path, out / f"{path.name if path.is_dir() else path.stem}{suffix}") for path, suffix in suffixes.items()]
+    counts = Counter(target.name for _, target in every)
     if twice := [name for name, count in counts.items() if count > 1]:
         raise ValueError(f"{out}: several files would be named {', '.join(twice)}; give each a name of its own")
-    every = [(path, out / f"{path.stem}{suffix}") for path, suffix in suffixes.items()]
-    left = [(path, target) for path, target in every if not (resume and target.exists())]
+    is_done = [resume and target.exists() and not folder_of(target).exists() for _, target in every]
+    left = [pair for pair, done in zip(every, is_done, strict=True) if not done]
     if len(left) < len(every):
         note(f"{out}: {len(every) - len(left)} of {len(every)} are there already")
     return left
@@ -63,4 +67,4 @@ def check_frames_target(path: Path, source: Path, frames: int | None) -> None:
 def check_apart(path: Path, source: Path) -> None:
     """Raises ValueError when what is to be written is what is read."""
     if path.exists() and source.exists() and os.path.samefile(path, source):
-        raise ValueError(f"{path}: is the file that is read; write to another one")
+        raise ValueError(f"{path}: is the {'folder' if path.is_dir() else 'file'} that is read; write to another one")

@@ -45,16 +45,12 @@ class Job:
         self.settings = {key: str(value) for key, value in settings.items()}
         self.progress, self.carry = Progress(), None
         self._decisions: dict[str, int] = {}
-        self._resume, self._saved, self._cost = resume, 0.0, 0.0
+        self._resume, self._kept, self._saved, self._cost = resume, 0, 0.0, 0.0
 
     def __enter__(self) -> Job:
         check_begun(self.target, self._resume)
         self.folder.mkdir(exist_ok=True)
-        self._lock = filelock.FileLock(self.folder / LOCK)
-        try:
-            self._lock.acquire(blocking=False)
-        except filelock.Timeout:
-            raise ValueError(f"{self.target}: another process is writing it") from None
+        self._lock = locked(self.target)
         try:
             if (self.folder / PROGRESS).exists():
                 self._restore()
@@ -64,10 +60,16 @@ class Job:
             raise
         return self
 
-    def __exit__(self, kind, *_) -> None:
-        self._lock.release()
-        if kind is None or not (self.folder / PROGRESS).exists():
-            shutil.rmtree(self.folder, ignore_errors=True)
+    def __exit__(self, kind, error, _) -> None:
+        try:
+            if kind is not None and (self.folder / PROGRESS).exists():
+                how = "the same command" if self._resume else "--resume"
+                error.add_note(f"{self.target}: {self._kept} frames are done and kept; {how} goes on from there")
+            else:
+                (self.folder / PROGRESS).unlink(missing_ok=True)  # first of all: nobody may go on from what is left
+                shutil.rmtree(self.folder, ignore_errors=True)
+        finally:
+            self._lock.release()
 
     def decision(self, name: str, decide: Callable[[], int]) -> int:
         """Gives what `decide` says, or what it said when the work was begun."""
@@ -95,7 +97,7 @@ class Job:
             texts = {"settings": self.settings, "decisions": self._decisions, "progress": asdict(self.progress)}
             about = {key: json.dumps(value) for key, value in texts.items()}
             save_tree(self.folder / PROGRESS, None if is_complete else carry, about)
-            self._saved = time.monotonic()
+            self._kept, self._saved = self.progress.frames, time.monotonic()
             self._cost = self._saved - began
 
     def become(self) -> None:
@@ -108,22 +110,25 @@ class Job:
         os.replace(pieces, self.target)
 
     def _restore(self) -> None:
-        carry, about = load_tree(self.folder / PROGRESS)
-        before, decisions, progress = (json.loads(about[key]) for key in ("settings", "decisions", "progress"))
-        progress = Progress(**progress)
+        try:
+            carry, about = load_tree(self.folder / PROGRESS)
+            before, decisions, progress = (json.loads(about[key]) for key in ("settings", "decisions", "progress"))
+            progress = Progress(**progress)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.folder}: cannot be gone on with ({error}); remove it to start anew") from None
         names = sorted(self.settings.keys() | before.keys())
         changed = [name for name in names if before.get(name) != self.settings.get(name)]
         if changed:
             listed = "; ".join(f"{name} was {before.get(name)}, now {self.settings.get(name)}" for name in changed)
             raise ValueError(f"{self.target}: was begun otherwise ({listed}): go on as begun, or remove {self.folder}")
-        self.carry, self.progress, self._decisions = carry, progress, decisions
+        self.carry, self.progress, self._decisions, self._kept = carry, progress, decisions, progress.frames
 
     def _clean(self) -> None:
         """Removes what is half-written, or of a piece that is to be done again."""
         (self.folder / PIECES).mkdir(exist_ok=True)
         for path in self.folder.iterdir():
             if path.name not in (PROGRESS, LOCK, PIECES):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         for path in (self.folder / PIECES).iterdir():
             if not path.stem.isdecimal() or int(path.stem) >= self.progress.pieces:
                 path.unlink()
@@ -134,9 +139,21 @@ def folder_of(target: Path) -> Path:
     return target.absolute().with_name(f".{target.name}.part")
 
 
+def locked(target: Path) -> filelock.BaseFileLock:
+    """Gives the lock of the folder in which a target is made, taken; ValueError where another process has it."""
+    lock = filelock.FileLock(folder_of(target) / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        raise ValueError(f"{target}: another process is writing it") from None
+    return lock
+
+
 def check_begun(target: Path, resume: bool) -> None:
-    """Raises ValueError when there is work on the target to go on with, but not `resume`."""
+    """Raises ValueError when another process writes the target, or work on it could be gone on with but no `resume`."""
     folder = folder_of(target)
+    if folder.is_dir():
+        locked(target).release()
     if not resume and (folder / PROGRESS).exists():
         raise ValueError(
             f"{target}: part of it is done, by a command that was stopped: give --resume to go on, or remove {folder} "

@@ -87,11 +87,18 @@ def _sound(target, source, end: Fraction) -> Timed:
     start = next(iter(starts), Fraction(0))
 
     def packets() -> Timed:
+        left = set(outs)  # tracks that are not at the end
         for packet in source.demux(*source.streams.audio):
             index = packet.stream.index
             for ready in _encoded(packet, encoders[index]) if index in encoders else [packet]:
-                if ready.pts is not None and ready.pts * as_fraction(ready.time_base) - start < end:
+                if ready.pts is None:
+                    continue
+                if ready.pts * as_fraction(ready.time_base) - start < end:
                     yield _moved(ready, outs[index], -start)
+                else:
+                    left.discard(index)
+            if not left:
+                return
 
     return packets() if outs else iter(())
 

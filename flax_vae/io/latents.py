@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,6 +22,7 @@ from flax_vae.io.weights import Arrays, SafetensorsFile, write_safetensors
 FORMAT = {"format": "flax_vae latents", "version": "2"}
 SUFFIX = ".safetensors"
 NAMES = ("mean", "logvar")
+RATE = re.compile(r"[1-9]\d{0,9}(/[1-9]\d{0,9})?", re.ASCII)  # to compute 1e999999999 would take all memory
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class About:
         """Reads what `to_metadata` gave; ValueError or KeyError for anything else."""
         if {key: texts.get(key) for key in FORMAT} != FORMAT:
             raise ValueError(f"holds no latents of version {FORMAT['version']}; flax-vae encode writes them")
+        if not RATE.fullmatch(texts["fps"]):
+            raise ValueError(f"fps={texts['fps']!r:.99}: expected frames per second as 25 or 30000/1001")
         sizes = int(texts["height"]), int(texts["width"])
         return cls(*sizes, Fraction(texts["fps"]), texts["config"], texts["weights"], json.loads(texts["scaling"]))
 
@@ -83,9 +87,10 @@ class Shard:
             about = About.from_metadata(file.metadata)
             start, frames = (int(file.metadata[key]) for key in ("start", "frames"))
             shapes = {file.specs[name] for name in NAMES}
-            (shape, _), *others = shapes
-            if others or len(shape) != 5 or shape[0] != 1 or 0 in shape or min(start, frames - 1) < 0:
-                raise ValueError(f"expected mean and logvar of one shape (1, t, h, w, z), got {sorted(shapes)}")
+            (shape, dtype), *others = shapes
+            is_fitting = dtype == "float32" and len(shape) == 5 and shape[0] == 1 and 0 not in shape
+            if others or not is_fitting or min(start, frames - 1) < 0:
+                raise ValueError(f"expected float32 mean and logvar of one shape (1, t, h, w, z), got {sorted(shapes)}")
             return cls(path, about, shape, start, frames, bool(json.loads(file.metadata["last"])))
         except (ValueError, KeyError, TypeError, ZeroDivisionError, RecursionError) as error:
             raise ValueError(f"{path}: not a latents file, or damaged: {error}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -64,13 +65,14 @@ def _in_manifest(path: Path) -> Iterator[Entry]:
 
 def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
     """Yields the number and the contents of every line that is not empty; ValueError names one that is not JSON."""
-    with open(path, encoding="utf-8") as file:
-        try:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
 
 
 def write_lines(path: PathLike, lines: Iterable[Mapping[str, Any]]) -> None:
@@ -87,35 +89,43 @@ class Log:
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]):
-        self.path, self._settings = path, json.loads(json.dumps(settings, default=str))
+        self.path, self._settings = path, as_json(settings)
 
     def __enter__(self) -> Log:
-        self._lock = filelock.FileLock(self.path.with_name(f".{self.path.name}.lock"))
+        lock = filelock.FileLock(self.path.with_name(f".{self.path.name}.lock"))
         try:
-            self._lock.acquire(blocking=False)
+            lock.acquire(blocking=False)
         except filelock.Timeout:
             raise ValueError(f"{self.path}: another process is writing it") from None
-        try:
-            self._file = open(self.path, "a+b")
+        with contextlib.ExitStack() as stack:
+            stack.callback(lock.release)
+            self._file = stack.enter_context(open(self.path, "a+b"))
             self._file.truncate(sum(len(line) for line in _whole_lines(self.path)))
-            before = next(_whole_lines(self.path), None)
+            before = read_settings(self.path)
             if before is None:
                 self.add(self._settings)
-            elif json.loads(before) != self._settings:
-                raise ValueError(f"{self.path}: was begun otherwise, with {before.decode().strip()}; write elsewhere")
-        except BaseException:
-            self._lock.release()
-            raise
+            elif before != self._settings:
+                raise ValueError(f"{self.path}: was begun otherwise, with {json.dumps(before)}; write elsewhere")
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_) -> None:
-        self._file.close()
-        self._lock.release()
+        self._stack.close()
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Appends a line at once."""
         self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()
+
+
+def as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Gives settings as a log gives them back: what JSON does not know becomes its text."""
+    return json.loads(json.dumps(settings, default=str))
+
+
+def read_settings(path: Path) -> dict[str, Any] | None:
+    """Gives the settings with which a log was begun; None where there is no log."""
+    return next((json.loads(line) for line in _whole_lines(path)), None)
 
 
 def read_log(path: Path) -> Iterator[dict[str, Any]]:

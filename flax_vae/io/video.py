@@ -37,7 +37,8 @@ def probe(path: PathLike) -> VideoInfo:
     """Reads size, rate and length of a clip or image; FileNotFoundError or ValueError where nothing decodes."""
     with _open(path) as (container, stream):
         height, width = _upright_size(next(_decode(path, container, stream)))
-        sound = tuple(track.codec_context.name for track in container.streams.audio if track.codec_context)
+        codecs = [track.codec_context for track in container.streams.audio]
+        sound = tuple(codec.name if codec else "unknown" for codec in codecs)
         is_image = _is_image(container)
         frames = 1 if is_image else stream.frames or None
         return VideoInfo(width, height, _rate(stream), frames, sound, is_image)

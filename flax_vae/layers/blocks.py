@@ -13,9 +13,10 @@ from flax_vae.layers.resample import SpatialDownsample, SpatialUpsample, Tempora
 from flax_vae.layers.resnet import CausalResnetBlock
 
 
-def thread(layers: Iterable, x: Clip, carry=None):
+def thread(layers: Iterable, x: Clip, carry=None, remat: bool = False):
     """Runs `x` through layers that see time; the carry is one entry a layer, or None at the start of a stream.
 
+    With `remat` a gradient keeps only what passes between the layers, and computes each of them a second time.
     Returns the output and the new carry. Raises ValueError when the carry has another number of entries.
     """
     layers = list(layers)
@@ -24,11 +25,17 @@ def thread(layers: Iterable, x: Clip, carry=None):
         raise ValueError(
             f"a carry of {len(before)} entries cannot go through {len(layers)} layers: use the carry of the same model"
         )
+    run = nnx.remat(call) if remat else call
     after = []
     for layer, entry in zip(layers, before, strict=True):
-        x, entry = layer(x, entry)
+        x, entry = run(layer, x, entry)
         after.append(entry)
     return x, tuple(after)
+
+
+def call(layer, x: Clip, carry):
+    """Runs one layer; a function of the layer, so that its parameters and random state pass through a transformation."""
+    return layer(x, carry)
 
 
 def resnet_chain(channels: int, out_channels: int, num_layers: int, *args, rngs: nnx.Rngs) -> nnx.List:

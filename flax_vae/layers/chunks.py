@@ -31,7 +31,7 @@ def in_chunks(module: nnx.Module, step: Step, x: Clip, size: int) -> Any:
 def _run(structure, step, size, parameters, state, x):
     def advance(before, chunk):
         state, carry = before
-        module = nnx.merge(structure, parameters, state)
+        module = nnx.merge(structure, parameters, state, copy=True)  # variables of this trace: a step may transform it
         result, carry = step(module, chunk, carry)
         return (nnx.state(module, nnx.Not(nnx.Param)), carry), result
 

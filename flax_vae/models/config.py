@@ -1,4 +1,4 @@
-"""The configuration of the VAE: the keys of the public config.json, checked."""
+"""The configuration of the VAE: the keys of the public config.json, checked, and how to run it."""
 
 import json
 import math
@@ -11,16 +11,23 @@ from typing import Any, get_args, get_origin, get_type_hints
 from flax_vae.layers.geometry import latent_frames, pixel_frames
 
 MAX_BLOCKS, MAX_LAYERS, MAX_CHANNELS = 16, 64, 2**16
+RUN_SETTINGS = {"remat"}  # fields that no config.json has
 _DOWN, _UP = "DownEncoderBlockCausal3D", "UpDecoderBlockCausal3D"
 
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """What a checkpoint's config.json says; every field is a public key, its default the released model's.
+    """What a checkpoint's config.json says; every field but `remat` is a public key, its default the released model's.
 
     Lists have one entry a block, in the order in which the encoder or the decoder runs its blocks;
     `decoder_block_out_channels` alone is given from the pixels to the latents. `encoder_double_z`,
     `add_post_quant_conv`, `encoder_type` and `decoder_type` describe what is always so and change nothing.
+
+    `remat` is of the run, not of the checkpoint: no config.json has it. With it a gradient keeps only what passes from
+    block to block and computes the inside of each block a second time: the same values in less memory. Switch it on
+    with `dataclasses.replace(config, remat=True)`. XLA's CPU backend computes the second time too early to save
+    memory, unless its pass cse_barrier_expander is disabled (xla_disable_hlo_passes); it needs nothing elsewhere.
+
     Raises ValueError naming every key whose value is wrong or not supported.
     """
 
@@ -52,6 +59,7 @@ class VAEConfig:
     add_post_quant_conv: bool = True
     interpolate: bool = False
     downsample_scale: int = 8
+    remat: bool = False
 
     def __post_init__(self):
         problems = type_problems(self)  # values can only be judged once the types are right
@@ -76,7 +84,7 @@ class VAEConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "VAEConfig":
-        """Reads the contents of a config.json; ValueError names unknown keys and unsupported values."""
+        """Reads the contents of a config.json; ValueError names keys that are not public and unsupported values."""
         if not isinstance(values, Mapping):
             raise ValueError(f"a config must be an object of keys and values, got {type(values).__name__}")
         if not all(isinstance(key, str) for key in values):
@@ -84,10 +92,10 @@ class VAEConfig:
         name = values.get("_class_name", "CausalVideoVAE")
         if name != "CausalVideoVAE":
             raise ValueError(f"_class_name is {name!r}: this is the config of another model, expected 'CausalVideoVAE'")
-        known = {field.name for field in fields(cls)}
+        known = {field.name for field in fields(cls)} - RUN_SETTINGS
         unknown = sorted(key for key in values if key not in known and not key.startswith("_"))
         if unknown:
-            raise ValueError(f"unknown config keys: {', '.join(unknown)}; a causal video VAE has no such settings")
+            raise ValueError(f"unknown config keys: {', '.join(unknown)}; a config.json has no such settings")
         given: dict[str, Any] = {}
         for key in known & set(values):
             given[key] = tuple(values[key]) if isinstance(values[key], list) else values[key]
@@ -102,8 +110,9 @@ class VAEConfig:
             raise ValueError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """Gives every public key, as a config.json holds them."""
-        values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        """Gives every public key, as a config.json holds them; `remat` is none."""
+        public = {key: value for key, value in asdict(self).items() if key not in RUN_SETTINGS}
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in public.items()}
         return values | {"_class_name": "CausalVideoVAE"}
 
     @property

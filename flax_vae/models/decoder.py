@@ -12,6 +12,7 @@ class Decoder(nnx.Module):
     """Maps latents (B, t, h, w, z), after `post_quant_conv`, to a clip (B, T, H, W, 3), pixels about [-1, 1]."""
 
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
+        self.remat = config.remat
         widths, groups = config.decoder_block_out_channels[::-1], config.decoder_norm_num_groups
         dropout = config.decoder_block_dropout
         self.conv_in = CausalConv3d(config.latent_channels, widths[0], 3, rngs=rngs)
@@ -35,6 +36,6 @@ class Decoder(nnx.Module):
     def __call__(self, z: Clip, carry=None):
         """Decodes latents or a chunk of them; returns the frames and the carry."""
         body, last = (None, None) if carry is None else carry
-        x, body = thread([self.conv_in, self.mid_block, *self.up_blocks], z, body)
+        x, body = thread([self.conv_in, self.mid_block, *self.up_blocks], z, body, self.remat)
         x, last = self.conv_out(nnx.silu(self.conv_norm_out(x)), last)
         return x, (body, last)

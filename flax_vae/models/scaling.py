@@ -1,6 +1,6 @@
 """Latents as a diffusion model wants them: shifted and scaled, the first frame and the later ones apart."""
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -40,15 +40,17 @@ class LatentScaling:
         return cls(*first[variant], -0.2343, 1 / 3.0986)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "LatentScaling":
+    def from_dict(cls, values: Any) -> "LatentScaling":
         """Reads what `to_dict` gives; ValueError for anything else."""
         names = [field.name for field in fields(cls)]
         if not isinstance(values, Mapping) or set(values) != set(names):
             raise ValueError(f"expected the statistics {', '.join(names)}, got {values!r:.99}")
-        given = {name: tuple(x) if isinstance(x := values[name], list) else x for name in names}
-        if not all(isinstance(x, int | float) and math.isfinite(x) for v in given.values() for x in np.atleast_1d(v)):
+        lists = {name: x if isinstance(x := values[name], list) else [x] for name in names}
+        numbers = [number for entries in lists.values() for number in entries]
+        if [] in lists.values() or not all(type(x) in (int, float) and abs(x) <= sys.float_info.max for x in numbers):
             raise ValueError("statistics must be finite numbers, one or one a channel")
-        return cls(**given)
+        given = {name: tuple(map(float, entries)) for name, entries in lists.items()}
+        return cls(**{name: given[name] if isinstance(values[name], list) else given[name][0] for name in names})
 
     def to_dict(self) -> dict[str, float | list[float]]:
         """Gives the four statistics as JSON can hold them."""

@@ -79,14 +79,20 @@ def _one_ahead(step, chunks, carry):
     yield from before
 
 
-def compiled(method: Step) -> Step:
+def compiled(method: Step) -> Compiled:
     """Compiles a step that is a method of an nnx module, once for every shape of chunk, with the weights as they are.
 
     Steps of modules that are built alike share what is compiled.
     """
-    module, function = method.__self__, method.__func__
-    structure, state = nnx.split(module)
-    return functools.partial(_call, function, structure, state)
+    return Compiled(_call, method.__func__, *nnx.split(method.__self__))
+
+
+class Compiled(functools.partial):
+    """A step that is compiled when it is first called with chunks of a shape, or ahead of that."""
+
+    def trace(self, chunk: Any, carry: Any) -> jax.stages.Traced:
+        """Gives the program for a chunk and a carry, or for shapes in their place, to be looked at and compiled."""
+        return self.func.trace(*self.args, chunk, carry)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

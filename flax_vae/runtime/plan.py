@@ -1,0 +1,144 @@
+"""The memory that a stream takes, told before it is run, and the largest chunk or batch that a budget has room for.
+
+B batch, T frames, H W pixels, C channels. Bytes are those of the device; on a CPU, those of the whole process.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from flax_vae.runtime.stream import Compiled
+
+UNITS = {"B": 1, **{f"{p}{b}": k**n for k, b in ((1000, "B"), (1024, "iB")) for n, p in enumerate("KMGT", 1)}}
+HOST_SHARE = Fraction(1, 2)  # of a machine's memory: files, their cache and other programs are in it too
+DEVICE_SHARE = Fraction(9, 10)  # of what the allocator may take: it cannot fill every gap
+
+# What a process on a CPU takes beyond the arrays of its program. Measured on 2 threads, at 64 to 256 pixels:
+# convolutions keep copies of patches, and malloc what it has freed, 15 to 25 % of the program's arrays together;
+# 270 MiB are python, jax and flax, up to 160 MiB the compiler, the rest is for reading and writing video.
+CPU_FACTOR = Fraction(5, 4)
+CPU_PROCESS = 640 * 2**20
+
+
+def available_bytes() -> int:
+    """Gives the budget where none is given: a share of all the memory there is, so it is the same in every run.
+
+    On a CPU half of the machine's memory, or of its control group's limit if that is less, as containers have one; on
+    other devices nine tenths of what jax may allocate. Raises ValueError where neither is known.
+    """
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return math.floor(HOST_SHARE * min([physical_bytes(), *cgroup_limits()]))
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if not limit:
+        raise ValueError(f"{device.device_kind} does not tell its memory: give a budget, as 4GiB")
+    return math.floor(DEVICE_SHARE * limit)
+
+
+def physical_bytes() -> int:
+    """Gives the memory of this machine; ValueError where the system does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        raise ValueError("the memory of this machine is not known: give a budget, as 4GiB") from None
+
+
+def cgroup_limits(root: Path = Path("/")) -> Iterator[int]:
+    """Yields the limits of memory of the control groups that this process is in, of version 1 and 2, inner ones first.
+
+    A container may be told the path of its group outside of it; its own limit is then at the top of what it sees.
+    """
+    memberships = root / "proc/self/cgroup"
+    for line in memberships.read_text().splitlines() if memberships.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            top, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+        elif not controllers:
+            top, name = root / "sys/fs/cgroup", "memory.max"
+        else:
+            continue
+        group = top / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(top) and (folder / name).is_file():
+                limit = (folder / name).read_text().strip()
+                if limit != "max":
+                    yield int(limit)
+
+
+def parse_bytes(text: str) -> int:
+    """Reads a number of bytes, as 4GiB, 1.5 GB or 500000000; ValueError for anything else, and for none."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B?)", text.strip(), re.IGNORECASE | re.ASCII)
+    units = {unit.lower(): size for unit, size in UNITS.items()}
+    size = math.floor(Fraction(match[1]) * units[match[2].lower() or "b"]) if match else 0
+    if size < 1:
+        raise ValueError(f"{text!r} is no amount of memory: expected a number and one of {', '.join(UNITS)}, as 4GiB")
+    return size
+
+
+def format_bytes(size: int) -> str:
+    """Writes a number of bytes in the binary unit that suits it, to a tenth: 1.5 GiB."""
+    unit = next((unit for unit in ("TiB", "GiB", "MiB", "KiB") if size >= UNITS[unit]), "B")
+    return f"{round(size / UNITS[unit], 1):g} {unit}"
+
+
+def step_bytes(step: Compiled, first: jax.ShapeDtypeStruct, later: jax.ShapeDtypeStruct) -> int:
+    """Tells how many bytes a stream takes once it is under way; nothing is run, and no array is made.
+
+    The step is compiled for a later chunk: that counts its weights, chunk, carry, result and temporaries. Beside them a
+    stream holds a result that is being written, the carry after it, and a chunk that was read ahead, with its source.
+
+    Args:
+      step: what `flax_vae.runtime.stream.compiled` gives, which will use what is compiled here.
+      first: shape and dtype of the first chunk (B, T, H, W, C), which must not be larger than a later one.
+      later: those of all others.
+    """
+    if math.prod(first.shape) > math.prod(later.shape):
+        raise ValueError(f"the first chunk {first.shape} must not be larger than a later one {later.shape}")
+    _, carry = step.trace(first, None).out_info
+    traced = step.trace(later, carry)
+    memory = traced.lower().compile().memory_analysis()
+    program = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    arrays = program + tree_bytes((traced.out_info, later, later))
+    return math.ceil(CPU_FACTOR * arrays) + CPU_PROCESS if jax.default_backend() == "cpu" else arrays
+
+
+def tree_bytes(tree: Any) -> int:
+    """Counts the bytes of all arrays of a tree, or of the shapes that stand for them."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def largest(bytes_of: Callable[[int], int], budget: int, limit: int) -> int:
+    """Gives the largest power of two, `limit` at most, of which `bytes_of` is within the budget.
+
+    `bytes_of` must not fall as its argument grows. It is asked for the largest first, which most often fits, then for
+    1, and for those that a straight line between too small and too large points to.
+
+    Raises ValueError when not even 1 fits, or for a limit below 1.
+    """
+    if limit < 1:
+        raise ValueError(f"limit={limit}: expected at least 1")
+    over = 1 << (limit.bit_length() - 1)
+    if (over_bytes := bytes_of(over)) <= budget:
+        return over
+    fits, fits_bytes = 1, over_bytes if over == 1 else bytes_of(1)
+    if fits_bytes > budget:
+        raise ValueError(
+            f"{format_bytes(fits_bytes)} are needed for one latent at a time, and {format_bytes(budget)} may be used: "
+            "allow more memory, make the frames smaller, or compute them in lossy tiles"
+        )
+    while over > 2 * fits:
+        room = Fraction(budget - fits_bytes, over_bytes - fits_bytes) * (over - fits)
+        guess = min(max(1 << (math.floor(fits + room).bit_length() - 1), 2 * fits), over // 2)
+        if (size := bytes_of(guess)) <= budget:
+            fits, fits_bytes = guess, size
+        else:
+            over, over_bytes = guess, size
+    return fits

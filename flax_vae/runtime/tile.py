@@ -1,0 +1,221 @@
+"""Spatial tiling, which is LOSSY: B batch, T frames, H W pixels, C channels.
+
+Zeros stand at the borders of every tile, and its norms and attention see nothing but the tile; blending hides the seams
+but mends nothing. With random weights the relative error is 0.36 to 0.50. Exact ways come first: chunks of frames
+(`vae.decode(latents, chunk=n)`, `flax_vae.runtime.stream`) bound the memory of a clip of any length; tiles are for
+frames so large that a chunk of one latent does not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import product
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from flax_vae.io.picture import psnr
+from flax_vae.layers.conv import Clip, wide_dtype
+from flax_vae.layers.geometry import FramePolicy
+from flax_vae.runtime.stream import compiled
+
+Step = Callable[[Any, Any], tuple[Any, Any]]  # (clip or chunk, carry) -> (result, carry)
+
+
+@dataclass(frozen=True)
+class LossyTiling:
+    """Squares of `tile` pixels that share `overlap` pixels with their neighbours; by default as the public model has it.
+
+    Raises ValueError unless there is an overlap to blend in, of half a tile at most.
+    """
+
+    tile: int = 256
+    overlap: int = 64
+
+    def __post_init__(self):
+        if not (isinstance(self.tile, int) and isinstance(self.overlap, int) and 0 < 2 * self.overlap <= self.tile):
+            raise ValueError(
+                f"tile={self.tile!r}, overlap={self.overlap!r}: expected pixels, and an overlap of 1 to half a tile"
+            )
+
+    def scaled(self, ratio: Fraction) -> LossyTiling:
+        """Gives the tiling of frames `ratio` times as large; ValueError where a tile would end within a pixel."""
+        tile, overlap = self.tile * ratio, self.overlap * ratio
+        if tile.denominator > 1 or overlap.denominator > 1:
+            raise ValueError(f"tile={self.tile}, overlap={self.overlap}: expected multiples of {ratio.denominator}")
+        return LossyTiling(int(tile), int(overlap))
+
+    def spans(self, size: int) -> list[tuple[int, int]]:
+        """Gives where the tiles along an axis of `size` pixels start and stop.
+
+        They are the public algorithm's but for one: where no more than `overlap` pixels are left for a last tile, the
+        tile before has computed all of them, from more of the frame, and keeps them.
+        """
+        starts = range(0, max(size - self.overlap, 1), self.tile - self.overlap)
+        return [(start, min(start + self.tile, size)) for start in starts]
+
+
+def in_lossy_tiles(step: Step, tiling: LossyTiling, ratio: Fraction) -> Step:
+    """Turns a step (B, T, H, W, C), carry -> (B, t, h, w, c), carry into one that computes a tile at a time.
+
+    Tiles are blended as the public algorithm does it: by a linear ramp, with the tile above, then with the one to the
+    left, in place, so that later blends see blended tiles. All of one shape are computed by one program, one after the
+    other, each added to the result at once. The carry is a tuple of the tiles' carries, stacked by shape.
+
+    Args:
+      step: gives h = H * ratio and w = W * ratio, rounded up, for any H and W.
+      tiling: of the frames that go in.
+      ratio: rows and columns that come out for one that goes in: 8 for decoding, 1/8 for encoding.
+
+    Raises:
+      ValueError: tiles of the result would end within a pixel; when called, a step of another ratio, or a carry of
+        frames of another size.
+    """
+    overlap = tiling.scaled(ratio).overlap
+
+    def tiled_step(x: Clip, carry: Any = None) -> tuple[Array, Any]:
+        shapes = tiles_by_shape(tiling, *x.shape[2:4])
+        before = (None,) * len(shapes) if carry is None else carry
+        if len(before) != len(shapes):
+            raise ValueError(f"this carry is not of frames of {x.shape[2]}x{x.shape[3]} in tiles of {tiling.tile}")
+        canvas, after = None, []
+        for (shape, starts), entry in zip(shapes.items(), before, strict=True):
+            canvas, entry = add_tiles(step, x, entry, shape, jnp.array(starts), canvas, ratio, overlap)
+            after.append(entry)
+        return canvas, tuple(after)
+
+    return tiled_step
+
+
+def tiles_by_shape(tiling: LossyTiling, height: int, width: int) -> dict[tuple[int, int], list[tuple[int, int]]]:
+    """Gives the first row and column of every tile of a frame, by height and width of the tiles: at most 4 of them."""
+    shapes: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for (top, bottom), (left, right) in product(tiling.spans(height), tiling.spans(width)):
+        shapes.setdefault((bottom - top, right - left), []).append((top, left))
+    return shapes
+
+
+def add_tiles(step, x, carry, shape, starts, canvas, ratio, overlap):
+    """Adds the tiles of one shape to what there is of the result, (B, t, h, w, c); returns it and their carry."""
+    size, tile_size = (tuple(upscaled(n, ratio) for n in sizes) for sizes in (x.shape[2:4], shape))
+
+    def tile_at(start):
+        return jax.lax.dynamic_slice(x, (0, 0, *start, 0), (*x.shape[:2], *shape, x.shape[4]))
+
+    def add(canvas, tile):
+        start, carry = tile
+        y, carry = step(tile_at(start), carry)
+        start = start * ratio.numerator // ratio.denominator
+        wide = wide_dtype(y)
+        share = tile_share(start, tile_size, size, overlap, wide)[None, None, :, :, None]
+        place = (0, 0, *start, 0)
+        there = jax.lax.dynamic_slice(canvas, place, y.shape).astype(wide)
+        sum_ = (there + share * y.astype(wide)).astype(y.dtype)
+        return jax.lax.dynamic_update_slice(canvas, sum_, place), carry
+
+    if canvas is None:
+        first = jax.tree.map(lambda leaf: leaf[0], (starts, carry))
+        y, _ = jax.eval_shape(lambda start, carry: step(tile_at(start), carry), *first)
+        if y.shape[2:4] != tile_size:
+            raise ValueError(f"the step makes {y.shape[2:4]} of {shape}, expected {tile_size} at a ratio of {ratio}")
+        canvas = jnp.zeros((*y.shape[:2], *size, y.shape[4]), y.dtype)
+    return jax.lax.scan(add, canvas, (starts, carry))
+
+
+def upscaled(pixels: int, ratio: Fraction) -> int:
+    """Counts the pixels that come out for so many that go in, rounded up."""
+    return -(-pixels * ratio.numerator // ratio.denominator)
+
+
+def tile_share(start, shape, size, overlap, dtype):
+    """Gives the share (h, w) of a tile in the result; the shares in a pixel sum to one.
+
+    A row that is blended with the tile below was blended with the tile to the left before, and is so once more as a
+    part of the tile below: there the ramps across are squared.
+    """
+    (up, down, below), (left, right, _) = (
+        ramps(*axis, overlap, dtype) for axis in zip(start, shape, size, strict=True)
+    )
+    once, twice = left * right, left**2 * (1 - (1 - right) ** 2)
+    return (up * down)[:, None] * jnp.where(below[:, None], twice[None], once[None])
+
+
+def ramps(start, length, size, overlap, dtype):
+    """Gives a tile's ramps where it overlaps the tile before and the one after, 1 elsewhere; and where the latter is."""
+    place = jnp.arange(length)
+    before = (start > 0) & (place < overlap)
+    after = (start + length < size) & (place >= length - overlap)
+    rising, falling = ((n.astype(dtype) / overlap) for n in (place, length - place))
+    return jnp.where(before, rising, 1), jnp.where(after, falling, 1), after
+
+
+class TiledModule(nnx.Module):
+    """Runs a module (x, carry) -> (y, carry) in lossy tiles, with the same signature, as one compiled program."""
+
+    def __init__(self, untiled: nnx.Module, tiling: LossyTiling, ratio: Fraction):
+        self.untiled, self.tiling, self.ratio = untiled, tiling, ratio
+
+    def __call__(self, x: Clip, carry: Any = None) -> tuple[Array, Any]:
+        """Gives the blended tiles (B, t, h, w, c), and a carry; see `in_lossy_tiles`."""
+        return compiled(self._in_tiles)(x, carry)
+
+    def _in_tiles(self, x, carry):
+        return in_lossy_tiles(compiled(self.untiled.__call__), self.tiling, self.ratio)(x, carry)
+
+
+class LossyTiles(nnx.Module):
+    """A model that encodes and decodes in tiles: in the memory of a tile, and LOSSY.
+
+    It is used as the model is: whole, in chunks, in streams, under jit; its carry holds those of the tiles. The results
+    are not the model's (the head of this file says why), but those of the public model's tiling, up to rounding; only
+    a tile that would lie wholly within the one before is not computed (`LossyTiling.spans`). Meant for inference: all
+    tiles have the same dropout.
+
+    Args:
+      vae: a model with `encoder`, `decoder` and a config, such as `CausalVideoVAE`; its weights are taken as they are.
+      tiling: in pixels, multiples of the config's `spatial_factor`.
+
+    Raises:
+      ValueError: a tiling of other sizes.
+    """
+
+    def __init__(self, vae: Any, tiling: LossyTiling = LossyTiling()):
+        pixels = Fraction(vae.config.spatial_factor)
+        self.config, self.tiling = vae.config, tiling
+        self.vae = nnx.clone(vae)
+        # The 1x1x1 convolutions between these and the latents may as well come after blending, or before cutting: they
+        # see one pixel, and the shares of tiles in a pixel sum to one.
+        self.vae.encoder = TiledModule(self.vae.encoder, tiling, 1 / pixels)
+        self.vae.decoder = TiledModule(self.vae.decoder, tiling.scaled(1 / pixels), pixels)
+
+    def encode(self, video: Clip, chunk: int | None = None, frames: FramePolicy = "error") -> Any:
+        """Gives the distribution of latents of (B, T, H, W, 3), as the model's `encode` does."""
+        return self.vae.encode(video, chunk, frames)
+
+    def decode(self, latents: Clip, chunk: int | None = None) -> Clip:
+        """Gives the video of latents (B, t, h, w, z), as the model's `decode` does."""
+        return self.vae.decode(latents, chunk)
+
+    def encode_chunk(self, x: Clip, carry: Any = None) -> tuple[Any, Any]:
+        """Encodes the next frames of a stream, as the model's `encode_chunk` does."""
+        return self.vae.encode_chunk(x, carry)
+
+    def decode_chunk(self, z: Clip, carry: Any = None) -> tuple[Clip, Any]:
+        """Decodes the next latents of a stream, as the model's `decode_chunk` does."""
+        return self.vae.decode_chunk(z, carry)
+
+
+def lossy_psnr(vae: Any, video: Clip, tiling: LossyTiling = LossyTiling(), chunk: int | None = None) -> float:
+    """Gives in dB how close a video encoded and decoded in lossy tiles is to that without tiles; inf where equal.
+
+    The peak is 2, pixels being in [-1, 1]. Both are computed, `chunk` frames at a time; without tiles, that takes the
+    memory that tiles save.
+    """
+    latents = chunk and chunk // vae.config.temporal_factor
+    tiled, untiled = (m.decode(m.encode(video, chunk).mode(), latents) for m in (LossyTiles(vae, tiling), vae))
+    return psnr(tiled, untiled)

@@ -1,0 +1,252 @@
+"""Budgets: memory told ahead is enough and not far off, the largest that fits is taken, too little is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from flax_vae.models.config import narrow
+from flax_vae.models.vae import CausalVideoVAE
+from flax_vae.runtime import plan
+from flax_vae.runtime.plan import cgroup_limits, format_bytes, largest, parse_bytes, step_bytes
+from flax_vae.runtime.stream import compiled
+
+hypothesis = pytest.importorskip("hypothesis", reason="sizes are drawn by hypothesis")
+given, st = hypothesis.given, hypothesis.strategies
+
+CONFIG = narrow((8, 8, 16, 16), groups=4, encoder_layers=1, decoder_layers=1)
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("4GiB", 4 * GIB),
+        ("1.5 GiB", 3 * GIB // 2),
+        ("512MiB", 2**29),
+        ("2TiB", 2**41),
+        ("3KiB", 3072),
+        ("4GB", 4 * 10**9),
+        ("0.25 kb", 250),
+        ("7 MB", 7 * 10**6),
+        ("1TB", 10**12),
+        (" 123456789 ", 123456789),
+        ("42B", 42),
+    ],
+)
+def test_amounts_of_memory_are_read(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "4G", "four GiB", "-4GiB", "0", "0.1B", "nan", "1e9", "4GiB/s", "4 Gi B"])
+def test_anything_else_is_refused_with_an_example(text):
+    with pytest.raises(ValueError, match="as 4GiB"):
+        parse_bytes(text)
+
+
+@given(st.integers(1, 2**50 - 1))
+def test_a_written_size_is_read_to_a_tenth_of_its_unit(size):
+    written = format_bytes(size)
+    unit = plan.UNITS[written.split()[1]]
+    assert abs(parse_bytes(written) - size) <= unit / 20 + 1
+    assert size < 1024 * unit
+
+
+@given(st.integers(1, 1023), st.sampled_from(["B", "KiB", "MiB", "GiB", "TiB"]))
+def test_a_whole_number_of_a_unit_is_written_and_read_as_it_is(number, unit):
+    assert format_bytes(number * plan.UNITS[unit]) == f"{number} {unit}"
+    assert parse_bytes(f"{number} {unit}") == number * plan.UNITS[unit]
+
+
+@given(st.lists(st.integers(0, 100), min_size=1025, max_size=1025), st.integers(0, 60_000), st.integers(1, 1024))
+def test_the_largest_power_of_two_that_fits_is_found_for_any_growth(steps, budget, limit):
+    bytes_of = [sum(steps[: n + 1]) for n in range(1025)].__getitem__
+    fitting = [n for n in (2**i for i in range(11)) if n <= limit and bytes_of(n) <= budget]
+    if fitting:
+        assert largest(bytes_of, budget, limit) == fitting[-1]
+    else:
+        with pytest.raises(ValueError, match="are needed"):
+            largest(bytes_of, budget, limit)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 10**6), st.integers(0, 10**9), st.integers(1, 2**20))
+def test_little_is_compiled_to_find_it(fixed, each, room, limit):
+    asked = []
+
+    def bytes_of(n):
+        asked.append(n)
+        return fixed + each * n
+
+    budget = fixed + each + room
+    found = largest(bytes_of, budget, limit)
+    assert bytes_of(found) <= budget
+    assert len(asked) - 1 == len(set(asked[:-1])) <= 4
+    assert found * 2 > limit or asked[0] != found
+
+
+def test_no_size_at_all_is_refused_with_the_ways_out():
+    with pytest.raises(ValueError, match=r"3 GiB are needed .* 2 GiB may be used: allow more memory, .*lossy"):
+        largest(lambda n: (2 + n) * GIB, 2 * GIB, 8)
+    with pytest.raises(ValueError, match="limit=0"):
+        largest(lambda n: n, 2, 0)
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return CausalVideoVAE(CONFIG, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def steps(vae):
+    return {"encode": compiled(vae.encode_chunk), "decode": compiled(vae.decode_chunk)}
+
+
+def shape_of(job, batch, latents, size=32):
+    """Gives the shape of a chunk of so many latents, or of the frames they are of; 0 is the first chunk of a stream."""
+    if job == "encode":
+        return jax.ShapeDtypeStruct((batch, max(8 * latents, 1), size, size, 3), jnp.float32)
+    return jax.ShapeDtypeStruct((batch, max(latents, 1), size // 8, size // 8, 16), jnp.float32)
+
+
+@pytest.mark.parametrize("job", ["encode", "decode"])
+def test_more_latents_more_clips_and_larger_frames_need_more(job, steps):
+    def needed(batch, latents, size=32):
+        return step_bytes(steps[job], shape_of(job, batch, 0, size), shape_of(job, batch, latents, size))
+
+    one = needed(1, 1)
+    assert one < needed(1, 2)
+    assert one < needed(2, 1)
+    assert one < needed(1, 1, 40)
+
+
+def test_the_weights_the_carry_and_the_result_are_counted(steps, monkeypatch):
+    monkeypatch.setattr(plan, "CPU_FACTOR", 1)
+    monkeypatch.setattr(plan, "CPU_PROCESS", 0)
+    step, first, later = steps["decode"], shape_of("decode", 1, 0, 64), shape_of("decode", 1, 1, 64)
+    weights = plan.tree_bytes(step.args[2])
+    video, carry = jax.eval_shape(step, later, jax.eval_shape(step, first, None)[1])
+    assert step_bytes(step, first, later) > weights + 2 * plan.tree_bytes(video) + 3 * plan.tree_bytes(carry)
+
+
+def test_a_real_model_is_given_the_largest_chunk_that_fits(steps):
+    def needed(n):
+        return step_bytes(steps["decode"], shape_of("decode", 1, 0), shape_of("decode", 1, n))
+
+    assert largest(needed, needed(4) + 1000, 16) == 4
+    assert largest(needed, needed(4) - 1, 16) == 2
+
+
+def test_too_small_a_budget_is_refused_before_anything_is_run(vae, monkeypatch):
+    calls = []
+    step = compiled(vae.decode_chunk)
+    monkeypatch.setattr(type(step), "__call__", lambda *args: calls.append(args))
+    with pytest.raises(ValueError, match="10 MiB may be used"):
+        largest(lambda n: step_bytes(step, shape_of("decode", 1, 0), shape_of("decode", 1, n)), 10 * 2**20, 4)
+    assert calls == []
+
+
+def test_a_first_chunk_that_is_the_largest_is_refused(steps):
+    with pytest.raises(ValueError, match="first chunk"):
+        step_bytes(steps["decode"], shape_of("decode", 1, 2), shape_of("decode", 1, 1))
+
+
+def test_what_is_compiled_to_plan_is_what_runs(vae):
+    traced = []
+
+    class Counted(nnx.Module):
+        def step(self, x, carry):
+            traced.append(x.shape)
+            return x + 1, x[:, -1:]
+
+    step = compiled(Counted().step)
+    shapes = [jax.ShapeDtypeStruct((1, n, 2, 2, 3), jnp.float32) for n in (1, 4)]
+    step_bytes(step, *shapes)
+    carry = None
+    for shape in shapes:
+        _, carry = step(jnp.zeros(shape.shape, shape.dtype), carry)
+    assert traced == [(1, 1, 2, 2, 3), (1, 4, 2, 2, 3)]
+
+
+MEASURE = """
+import json, os, sys
+import jax, jax.numpy as jnp, numpy as np
+from flax import nnx
+from flax_vae.models.config import narrow
+from flax_vae.models.vae import CausalVideoVAE
+from flax_vae.runtime.plan import step_bytes
+from flax_vae.runtime.stream import Stream, compiled
+
+job, latents, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+vae = CausalVideoVAE(narrow((8, 8, 16, 16), groups=4, encoder_layers=1, decoder_layers=1), rngs=nnx.Rngs(0))
+step = compiled(getattr(vae, f"{job}_chunk"))
+shape = lambda n: (1, 8 * n or 1, size, size, 3) if job == "encode" else (1, n or 1, size // 8, size // 8, 16)
+rng = np.random.default_rng(0)
+chunks = (rng.standard_normal(shape(n), np.float32) for n in (0, *[latents] * 4))
+total = sum(float(np.asarray(jax.tree.leaves(result)[0]).sum()) for result in Stream(step, chunks))
+peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+told = step_bytes(step, *(jax.ShapeDtypeStruct(shape(n), jnp.float32) for n in (0, latents)))
+print(json.dumps({"peak": peak, "told": told}))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the peak of a process is read from /proc")
+@pytest.mark.parametrize(("job", "latents", "size"), [("decode", 1, 32), ("decode", 4, 192), ("encode", 4, 192)])
+def test_a_stream_takes_no_more_than_was_told_and_not_far_less(job, latents, size):
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, job, str(latents), str(size)],
+        cwd=Path(__file__).parent.parent,
+        env={"JAX_PLATFORMS": "cpu", "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    measured = json.loads(run.stdout)
+    assert measured["peak"] <= measured["told"] <= 3 * measured["peak"]
+
+
+def write(root, path, text):
+    (root / path).parent.mkdir(parents=True, exist_ok=True)
+    (root / path).write_text(text)
+
+
+def test_every_limit_above_a_process_is_found_in_both_versions_of_cgroups(tmp_path):
+    assert list(cgroup_limits(tmp_path)) == []
+    write(tmp_path, "proc/self/cgroup", "9:name=systemd:/\n4:cpu,memory:/jobs/mine\n3:cpuset:/\n0::/user/one\n")
+    write(tmp_path, "sys/fs/cgroup/memory/jobs/mine/memory.limit_in_bytes", "9223372036854771712\n")
+    write(tmp_path, "sys/fs/cgroup/memory/jobs/memory.limit_in_bytes", "3000\n")
+    write(tmp_path, "sys/fs/cgroup/memory/other/memory.limit_in_bytes", "1\n")
+    write(tmp_path, "sys/fs/cgroup/user/one/memory.max", "max\n")
+    write(tmp_path, "sys/fs/cgroup/memory.max", "5000\n")
+    write(tmp_path, "sys/fs/cgroup/cpuset/memory.limit_in_bytes", "2\n")
+    assert sorted(cgroup_limits(tmp_path)) == [3000, 5000, 9223372036854771712]
+
+
+def test_a_container_that_is_told_an_outer_path_finds_its_limit_at_the_top(tmp_path):
+    write(tmp_path, "proc/self/cgroup", "0::/docker/abc\n")
+    write(tmp_path, "sys/fs/cgroup/memory.max", "4096\n")
+    assert list(cgroup_limits(tmp_path)) == [4096]
+
+
+def test_on_a_cpu_half_of_the_memory_or_of_a_lower_limit_may_be_used(monkeypatch):
+    monkeypatch.setattr(plan, "physical_bytes", lambda: 8 * GIB)
+    monkeypatch.setattr(plan, "cgroup_limits", lambda: iter([2**63, 6 * GIB]))
+    assert plan.available_bytes() == 3 * GIB
+    monkeypatch.setattr(plan, "cgroup_limits", lambda: iter([]))
+    assert plan.available_bytes() == 4 * GIB
+    monkeypatch.undo()
+    assert plan.available_bytes() == plan.available_bytes() > 0
+
+
+def test_on_other_devices_a_share_of_what_jax_may_allocate(monkeypatch):
+    device = SimpleNamespace(platform="gpu", device_kind="A card", memory_stats=lambda: {"bytes_limit": 10 * GIB})
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert plan.available_bytes() == 9 * GIB
+    device.memory_stats = lambda: None
+    with pytest.raises(ValueError, match="A card does not tell its memory"):
+        plan.available_bytes()

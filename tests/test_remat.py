@@ -1,0 +1,133 @@
+"""Remat: the same values and gradients as without, in less memory. B batch, T frames, H W pixels, C channels."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from flax_vae import CausalVideoVAE, VAEConfig
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+PLAIN = VAEConfig(
+    encoder_out_channels=2,
+    encoder_layers_per_block=(1, 1),
+    encoder_down_block_types=("DownEncoderBlockCausal3D",) * 2,
+    encoder_block_out_channels=(4, 6),
+    encoder_spatial_down_sample=(True, False),
+    encoder_temporal_down_sample=(False, True),
+    encoder_block_dropout=(0.2, 0.3),
+    encoder_norm_num_groups=2,
+    decoder_in_channels=2,
+    decoder_layers_per_block=(1, 1),
+    decoder_up_block_types=("UpDecoderBlockCausal3D",) * 2,
+    decoder_block_out_channels=(4, 4),
+    decoder_spatial_up_sample=(True, False),
+    decoder_temporal_up_sample=(True, False),
+    decoder_block_dropout=(0.4, 0.1),
+    decoder_norm_num_groups=2,
+)
+REMAT = dataclasses.replace(PLAIN, remat=True)
+# The pass of XLA's CPU backend after which the second computation is moved to the first; no other backend has it.
+BARRIERS_KEPT = {"xla_disable_hlo_passes": "cse_barrier_expander", "xla_backend_optimization_level": 0}
+
+
+@pytest.fixture(scope="module")
+def models(randomized):
+    """Gives the model without and with remat, with the same weights, the same random state, and dropout on."""
+
+    def build(config):
+        vae = CausalVideoVAE(config, rngs=nnx.Rngs(0))
+        nnx.update(vae, nnx.state(randomized(lambda rngs: CausalVideoVAE(config, rngs=rngs)), nnx.Param))
+        return vae
+
+    return build(PLAIN), build(REMAT)
+
+
+def loss(vae, x, chunk=None):
+    posterior = vae.encode(x, chunk=chunk)
+    video = vae.decode(posterior.sample(jax.random.key(1)), chunk=chunk and chunk // 2)
+    return jnp.square(video - x).mean() + 1e-2 * posterior.kl()
+
+
+def gradient_step(vae, x, chunk=None):
+    """Runs a gradient step; gives its bytes, and the loss, the random state after it, and the gradients."""
+    structure, parameters, state = nnx.split(vae, nnx.Param, ...)
+
+    def run(parameters, x, state):
+        vae = nnx.merge(structure, parameters, state, copy=True)
+        return loss(vae, x, chunk), nnx.state(vae, nnx.RngCount)
+
+    step = jax.jit(jax.value_and_grad(run, argnums=(0, 1), has_aux=True))
+    program = step.lower(parameters, x, state).compile(compiler_options=BARRIERS_KEPT)
+    return program.memory_analysis().temp_size_in_bytes, program(parameters, x, state)
+
+
+def check_equal(results, expected):
+    leaves = jax.tree.leaves(expected)
+    for a, b in zip(jax.tree.leaves(results), leaves, strict=True):
+        assert a.dtype == b.dtype
+        assert np.abs(a - b).max() <= 1e-12 * max(np.abs(b).max(), 1e-3)
+
+
+@pytest.fixture(scope="module")
+def whole_steps(models, noise):
+    """Gives a gradient step of the whole clip, plain and with remat."""
+    return [gradient_step(vae, noise((1, 9, 32, 32, 3))) for vae in models]
+
+
+def test_values_gradients_and_random_state_equal_the_plain_ones(whole_steps):
+    (_, expected), (_, results) = whole_steps
+    check_equal(results, expected)
+    (_, counts), gradients = expected
+    assert {int(count) for count in jax.tree.leaves(counts)} == {0, 1}  # of weights; of dropout, used once
+    assert sum(np.abs(leaf).max() > 1e-6 for leaf in jax.tree.leaves(gradients)) > 90
+
+
+def test_remat_takes_less_memory(whole_steps):
+    (plain, _), (remat, _) = whole_steps
+    assert remat < 0.65 * plain
+
+
+def test_in_chunks_too_values_gradients_and_random_state_equal_the_plain_ones(models, noise):
+    x = noise((2, 5, 2, 4, 3))
+    (_, expected), (_, results) = (gradient_step(vae, x, chunk=2) for vae in models)
+    check_equal(results, expected)
+    assert {int(count) for count in jax.tree.leaves(expected[0][1])} == {0, 3}
+
+
+def test_flax_jit_keeps_the_random_state_of_a_model_with_remat(models, noise):
+    x = noise((1, 3, 2, 3, 3))
+    copies = [nnx.clone(vae) for vae in models]
+    expected, results = ([nnx.jit(lambda vae, x: vae.encode(x).mean)(vae, x) for _ in range(2)] for vae in copies)
+    check_equal(results, expected)
+    assert np.abs(expected[0] - expected[1]).max() > 1e-3  # dropout has moved on
+
+
+def test_carry_goes_through_remat(models, noise, jit, stream):
+    def encode(vae, x, carry):
+        posterior, carry = vae.encode_chunk(x, carry)
+        return posterior.mean, carry
+
+    copies = [nnx.clone(vae) for vae in models]
+    for vae in copies:
+        vae.eval()
+    expected, results = (stream(jit(encode, vae), noise((1, 5, 2, 3, 3)), (1, 4)) for vae in copies)
+    check_equal(results, expected)
+
+
+def test_a_checkpoint_knows_no_remat_and_is_loaded_with_or_without(models, tmp_path):
+    models[1].save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    assert "remat" not in values
+    assert not CausalVideoVAE.from_pretrained(tmp_path).config.remat
+    switched_on = CausalVideoVAE.from_pretrained(tmp_path, config=REMAT)
+    assert switched_on.config.remat
+    assert switched_on.encoder.remat
+    (tmp_path / "config.json").write_text(json.dumps(values | {"remat": True}))
+    with pytest.raises(ValueError, match="unknown config keys: remat"):
+        CausalVideoVAE.from_pretrained(tmp_path)
