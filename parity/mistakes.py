@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from torch_ref.layers.attention import Attention
 from torch_ref.layers.conv import CausalConv3d
@@ -20,15 +20,17 @@ from torch_ref.layers.norm import CausalGroupNorm
 from torch_ref.layers.resample import SpatialUpsample, TemporalUpsample
 from torch_ref.layers.resnet import CausalResnetBlock
 from torch_ref.models.posterior import DiagonalGaussian
+from torch_ref.models.tiling import LossyTiling, Tiles, blended, joined
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """What is done wrong, in which layer (where more than one), and what the layer then computes."""
+    """What is done wrong, in which layer (where more than one), and what its method then computes."""
 
     cause: str
     layer: type
     forward: Callable[..., Any]
+    method: str = "forward"
 
 
 def convolve(layer: CausalConv3d, x: Tensor, *, time: tuple[int, int] | None = None, **changes) -> Tensor:
@@ -109,6 +111,29 @@ def no_clamp(layer: DiagonalGaussian, moments: Tensor) -> None:
     layer.std = (0.5 * layer.logvar).exp()
 
 
+def join(
+    tiles: Tiles, overlap: int, axes: tuple[int, ...] = (3, 4), in_place: bool = True, blend: Callable = blended
+) -> Tensor:
+    """Joins tiles with the blends in another order, with tiles that are not blended yet, or by another ramp."""
+    before = [list(row) for row in tiles]
+    after = before if in_place else [list(row) for row in tiles]
+    for i, row in enumerate(tiles):
+        for j in range(len(row)):
+            for axis in axes:
+                if (i if axis == 3 else j) > 0:
+                    neighbour = before[i - 1][j] if axis == 3 else before[i][j - 1]
+                    after[i][j] = blend(neighbour, after[i][j], overlap, axis)
+    return joined([joined(row, overlap, 4) for row in after], overlap, 3)
+
+
+def ahead(before: Tensor, after: Tensor, overlap: int, axis: int) -> Tensor:
+    """Blends by a ramp that starts at one pixel's share instead of at none."""
+    share = ((torch.arange(overlap).to(after) + 1) / overlap).view(-1, *(1,) * (after.ndim - 1 - axis))
+    first, rest = after.split([overlap, after.shape[axis] - overlap], axis)
+    last = before.narrow(axis, before.shape[axis] - overlap, overlap)
+    return torch.cat([last * (1 - share) + first * share, rest], axis)
+
+
 def rough(values: Tensor) -> Tensor:
     """Rounds to bfloat16, as the default matmul precision of TPUs does."""
     return values.bfloat16().to(values)
@@ -179,12 +204,31 @@ MISTAKES = [
     ),
     Mistake("weights are rounded to bfloat16", CausalConv3d, lambda m, x: convolve(m, x, weight=rough(m.conv.weight))),
 ]
-UNCLAMPED = Mistake("logvar is not clamped", DiagonalGaussian, no_clamp)
+BESIDE_LAYERS = [
+    Mistake("logvar is not clamped", DiagonalGaussian, no_clamp, "__init__"),
+    Mistake(
+        "tiles are blended with the left one first: the one above comes first",
+        LossyTiling,
+        lambda _, tiles, overlap: join(tiles, overlap, axes=(4, 3)),
+        "join",
+    ),
+    Mistake(
+        "tiles are blended with tiles as they were computed: with blended ones",
+        LossyTiling,
+        lambda _, tiles, overlap: join(tiles, overlap, in_place=False),
+        "join",
+    ),
+    Mistake(
+        "the ramp between tiles is a pixel ahead: it starts at zero",
+        LossyTiling,
+        lambda _, tiles, overlap: join(tiles, overlap, blend=ahead),
+        "join",
+    ),
+]
 
 
 @contextmanager
 def made(mistake: Mistake):
     """Lets torch_ref make the mistake, everywhere, for a while."""
-    method = "forward" if issubclass(mistake.layer, nn.Module) else "__init__"
-    with mock.patch.object(mistake.layer, method, mistake.forward):
+    with mock.patch.object(mistake.layer, mistake.method, mistake.forward):
         yield

@@ -10,7 +10,7 @@ pytest.importorskip("torch", reason="parity compares with torch")
 
 from parity import compare
 from parity.cases import CASES
-from parity.mistakes import MISTAKES, UNCLAMPED, Mistake, made
+from parity.mistakes import BESIDE_LAYERS, MISTAKES, Mistake, made
 
 ROW = {case.name: case for case in CASES}
 ROW_OF_LAYER = {
@@ -21,6 +21,7 @@ ROW_OF_LAYER = {
     "SpatialUpsample": "spatial-up",
     "TemporalUpsample": "temporal-up",
     "DiagonalGaussian": "posterior",
+    "LossyTiling": "tiles-up-last-merged",
 }
 
 
@@ -40,7 +41,7 @@ def right(name: str) -> list[compare.Results]:
     return compare.truth(ROW[name], "float32")[1]
 
 
-@pytest.mark.parametrize("mistake", [*MISTAKES, UNCLAMPED], ids=lambda mistake: mistake.cause.split(":")[0])
+@pytest.mark.parametrize("mistake", [*MISTAKES, *BESIDE_LAYERS], ids=lambda mistake: mistake.cause.split(":")[0])
 def test_float64_check_notices(mistake: Mistake):
     name = ROW_OF_LAYER[mistake.layer.__name__]
     check(name, None)

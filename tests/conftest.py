@@ -5,6 +5,7 @@ import functools
 import os
 import signal
 import sys
+from fractions import Fraction
 from importlib.util import find_spec
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -162,3 +163,85 @@ def python_signals():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """Holds `vae`, a checkpoint of random weights, `again` with other weights, and `other` with another config."""
+    from flax_vae import CausalVideoVAE
+    from flax_vae.io import checkpoint, port
+    from flax_vae.models.config import narrow
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for name, seed, widths in (("vae", 1, (4, 4, 8, 8)), ("again", 2, (4, 4, 8, 8)), ("other", 1, (4, 4, 4, 8))):
+        config = narrow(widths, groups=2, encoder_layers=1, decoder_layers=1)
+        shapes = port.parameters(nnx.eval_shape(lambda config=config: CausalVideoVAE(config, rngs=nnx.Rngs(0))))
+        rng = np.random.default_rng(seed)
+        drawn = {key: (0.2 * rng.standard_normal(p.torch_shape)).astype(np.float32) for key, p in shapes.items()}
+        checkpoint.save(folder / name, config.to_dict(), port.Arrays(drawn))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pixels():
+    """19 frames (T, H, W, 3) of an odd size, whose squares change in steps."""
+    steps = np.random.default_rng(2).integers(-40, 40, (19, 3, 4, 3)).cumsum(axis=0) % 256
+    return np.repeat(np.repeat(steps, 7, axis=1), 7, axis=2)[:, :18, :25].astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def clip(pixels, tmp_path_factory):
+    """These frames as a file, without loss."""
+    pytest.importorskip("av", reason="video files need PyAV")
+    from flax_vae.io.writer import VideoWriter
+
+    path = tmp_path_factory.mktemp("clips") / "clip.mkv"
+    with VideoWriter(path, Fraction(30000, 1001), 18, 25, lossless=True) as writer:
+        writer.write(pixels)
+    return path
+
+
+@pytest.fixture(scope="session")
+def quick_call():
+    """What compiles steps, in half the time, to slow but equal code; one for all, so that they share programs."""
+    from flax_vae.runtime import stream
+
+    options = {"xla_backend_optimization_level": 0}
+    return jax.jit(stream._call.__wrapped__, static_argnums=(0, 1), compiler_options=options)
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, quick_call):
+    """Runs a command and gives its exit code, output and messages."""
+    pytest.importorskip("tyro", reason="the command line needs tyro")
+    pytest.importorskip("rich", reason="the command line needs rich")
+    from flax_vae.cli import main
+
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # given, so it wins; empty, so there is none
+    monkeypatch.setattr("flax_vae.runtime.stream._call", quick_call)
+    monkeypatch.setattr("os._exit", sys.exit)
+
+    def call(*args):
+        with pytest.raises(SystemExit) as exit:
+            main([str(arg) for arg in args])
+        return exit.value.code, *capsys.readouterr()
+
+    before = signal.getsignal(signal.SIGTERM)
+    yield call
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Has a piece of every latent but the first, so that short clips have several, and chunks of one latent."""
+    monkeypatch.setattr("flax_vae.cli.run.PIECE", 1)
+    monkeypatch.setattr("flax_vae.cli.budget.MOST", 1)
+    monkeypatch.setattr("flax_vae.io.job.SHARE", 0)
+
+
+@pytest.fixture(scope="session")
+def contents():
+    """Gives a function of a folder: every file in it, and what it holds."""
+    return lambda folder: {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }

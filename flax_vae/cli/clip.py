@@ -102,7 +102,7 @@ def expected(clips: Iterable[Clip]) -> int | None:
 
 def open_clip(path: Path, config: VAEConfig, size: str | None, frames: int | None) -> Clip:
     """Finds out what a clip holds and decides its size; ValueError for a clip or size that will not do."""
-    from flax_vae.io.pixels import fit_size
+    from flax_vae.io.pixels import fit_size, is_only_cropped
     from flax_vae.io.video import probe
 
     if frames is not None and frames < 1:
@@ -113,8 +113,8 @@ def open_clip(path: Path, config: VAEConfig, size: str | None, frames: int | Non
     if wanted is None and min(info.height, info.width) > SHORT_SIDE:
         wanted = SHORT_SIDE
     height, width = fit_size(info.height, info.width, multiple, wanted)
-    size_is_kept = wanted is None and min(info.height, info.width) >= multiple
-    changed = f"{'centre-cropped' if size_is_kept else 'scaled and cropped'} to {height}x{width}"
+    is_sharp = is_only_cropped((info.height, info.width), (height, width))
+    changed = f"{'centre-cropped' if is_sharp else 'scaled and cropped'} to {height}x{width}"
     fits = (height, width) == (info.height, info.width)
     about = "as it is" if fits else f"{changed}, multiples of {multiple}"
     about = f"{path}: {info.height}x{info.width} (height x width), {about}"

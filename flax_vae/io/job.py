@@ -63,8 +63,8 @@ class Job:
     def __exit__(self, kind, error, _) -> None:
         try:
             if kind is not None and (self.folder / PROGRESS).exists():
-                how = "the same command" if self._resume else "--resume"
-                error.add_note(f"{self.target}: {self._kept} frames are done and kept; {how} goes on from there")
+                how = "" if self._resume else " with --resume"
+                error.add_note(f"{self.target}: {self._kept} frames are done, and kept to go on from{how}")
             else:
                 (self.folder / PROGRESS).unlink(missing_ok=True)  # first of all: nobody may go on from what is left
                 shutil.rmtree(self.folder, ignore_errors=True)

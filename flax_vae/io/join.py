@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from flax_vae.io.files import PathLike, replacing
-from flax_vae.io.video import as_fraction
+from flax_vae.io.video import as_fraction, pictures
+from flax_vae.io.writer import written_rate
 
 # Sound that players find in these containers, where other sound becomes AAC; Matroska holds all there is.
 PLAYABLE = {"mov": {"aac", "ac3", "alac", "mp3"}, "mp4": {"aac", "ac3", "alac", "eac3", "flac", "mp3", "opus"}}
@@ -25,21 +26,29 @@ def join(path: PathLike, pieces: Sequence[Path], fps: Fraction, sound: PathLike 
     pieces do not continue each other, or where the sound cannot be read.
     """
     import av
-    from av.error import FFmpegError
 
+    fps = written_rate(fps)
     with contextlib.ExitStack() as stack:
         part = stack.enter_context(replacing(path))
         target = stack.enter_context(av.open(f"file:{part}", "w"))
         packets, frames = _pictures(target, pieces, fps)
-        if sound is None:
-            tracks: Timed = iter(())
-        else:
-            try:
-                tracks = _sound(target, stack.enter_context(av.open(f"file:{sound}")), frames / fps)
-            except FFmpegError as error:
-                raise ValueError(f"{sound}: its sound cannot be read ({error.strerror})") from error
+        tracks: Timed = iter(())
+        if sound is not None:
+            with _named(sound):
+                tracks = _sound(target, stack.enter_context(av.open(f"file:{sound}")), sound, frames / fps)
         for _, packet in heapq.merge(packets, tracks, key=lambda entry: entry[0]):
             target.mux(packet)
+
+
+@contextlib.contextmanager
+def _named(sound: PathLike) -> Iterator[None]:
+    """Has FFmpeg's errors name the file."""
+    from av.error import FFmpegError
+
+    try:
+        yield
+    except FFmpegError as error:
+        raise ValueError(f"{sound}: its sound cannot be read ({error.strerror})") from error
 
 
 def _pictures(target, pieces: Sequence[Path], fps: Fraction) -> tuple[Timed, int]:
@@ -71,9 +80,9 @@ def _pictures(target, pieces: Sequence[Path], fps: Fraction) -> tuple[Timed, int
     return packets(), sum(counts)
 
 
-def _sound(target, source, end: Fraction) -> Timed:
+def _sound(target, source, sound: PathLike, end: Fraction) -> Timed:
     if any(track.codec_context is None for track in source.streams.audio):
-        raise ValueError(f"{source.name}: this FFmpeg has no decoder for its sound")
+        raise ValueError(f"{sound}: this FFmpeg has no decoder for its sound")
     outs, encoders = {}, {}
     for track in source.streams.audio:
         codec = track.codec_context
@@ -83,8 +92,7 @@ def _sound(target, source, end: Fraction) -> Timed:
             outs[track.index] = encoders[track.index] = target.add_stream("aac", rate=track.rate)
             # raw sound may come without saying which channel is which
             outs[track.index].codec_context.layout = "stereo" if codec.layout.nb_channels == 2 else codec.layout
-    starts = [stream.start_time * as_fraction(stream.time_base) for stream in source.streams.video if stream.start_time]
-    start = next(iter(starts), Fraction(0))
+    start = _start(sound)
 
     def packets() -> Timed:
         left = set(outs)  # tracks that are not at the end
@@ -100,7 +108,22 @@ def _sound(target, source, end: Fraction) -> Timed:
             if not left:
                 return
 
-    return packets() if outs else iter(())
+    def named() -> Timed:
+        with _named(sound):
+            yield from packets()
+
+    return named() if outs else iter(())
+
+
+def _start(path: PathLike) -> Fraction:
+    """Gives the second at which the first frame is shown; a header tells that of a packet that may not decode."""
+    import av
+
+    with av.open(f"file:{path}") as source:
+        for frame in source.decode(*pictures(source)[:1]):
+            if frame.pts is not None:
+                return frame.pts * as_fraction(frame.time_base)
+    return Fraction(0)
 
 
 def _encoded(packet, encoder) -> Iterator[Any]:

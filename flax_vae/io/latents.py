@@ -53,6 +53,8 @@ class About:
         if not RATE.fullmatch(texts["fps"]):
             raise ValueError(f"fps={texts['fps']!r:.99}: expected frames per second as 25 or 30000/1001")
         sizes = int(texts["height"]), int(texts["width"])
+        if min(sizes) < 1:
+            raise ValueError(f"{sizes[0]}x{sizes[1]}: expected a height and width of 1 pixel or more")
         return cls(*sizes, Fraction(texts["fps"]), texts["config"], texts["weights"], json.loads(texts["scaling"]))
 
 

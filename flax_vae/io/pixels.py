@@ -29,6 +29,11 @@ def fit_size(height: int, width: int, multiple: int, size: int | Size | None = N
     return height // multiple * multiple, width // multiple * multiple
 
 
+def is_only_cropped(size: Size, wanted: Size) -> bool:
+    """Tells whether frames are cropped, and not scaled first: larger by under a sixteenth, they stay sharp so."""
+    return all(0 <= 16 * (have - want) < have for have, want in zip(size, wanted, strict=True))
+
+
 def to_float(frames: ArrayLike) -> np.ndarray:
     """Maps uint8 frames of any shape to float32 in [-1, 1]: 0 to -1, 255 to 1; ValueError for another dtype."""
     frames = np.asarray(frames)

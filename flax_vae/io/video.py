@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from flax_vae.io.files import PathLike
-from flax_vae.io.pixels import Size
+from flax_vae.io.pixels import Size, is_only_cropped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,6 @@ def _check_source(path):
 def _open(path):
     import av
     from av.error import FFmpegError
-    from av.stream import Disposition
 
     _check_source(path)
     # a title that is not UTF-8 is no reason to refuse the pictures; PyAV 19 lets it pass by itself
@@ -100,7 +99,7 @@ def _open(path):
     except FFmpegError as error:
         raise ValueError(f"{path}: no video or image FFmpeg can read, or cut short ({error.strerror})") from error
     with container:
-        streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+        streams = pictures(container)
         if not streams:
             kinds = ", ".join(sorted({s.type for s in container.streams})) or "an empty container"
             raise ValueError(f"{path}: has no video, only {kinds}; give a file with pictures")
@@ -176,7 +175,7 @@ def _upright_size(frame):
 def _upright_pixels(frame, size):
     height, width = _upright_size(frame)
     scale = max(size[0] / height, size[1] / width)
-    if all(0 <= 16 * (have - want) < have for have, want in zip((height, width), size, strict=True)):
+    if is_only_cropped((height, width), size):
         scale = 1
     height, width = max(size[0], round(height * scale)), max(size[1], round(width * scale))
     stored = (width, height) if _quarters(frame) % 2 else (height, width)
@@ -188,6 +187,13 @@ def _upright_pixels(frame, size):
 
 def _quarters(frame):
     return round(frame.rotation / 90)  # counterclockwise, as in np.rot90
+
+
+def pictures(container: Any) -> list[Any]:
+    """Gives the streams of a PyAV container that are videos, the first of which is read, not covers of sound."""
+    from av.stream import Disposition
+
+    return [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
 
 
 def as_fraction(rational: Any) -> Fraction:

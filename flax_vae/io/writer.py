@@ -16,6 +16,7 @@ from flax_vae.io.files import PathLike, check_target, replacing
 from flax_vae.io.video import accurate
 
 SUFFIXES = (".mp4", ".mkv", ".mov")
+STEADY = 64  # pixels; in smaller frames x264's mbtree reads memory nobody wrote, so bytes differ from run to run
 
 
 class VideoWriter:
@@ -35,7 +36,7 @@ class VideoWriter:
             raise ValueError(f"fps={fps}: expected frames per second from 0.001 to 1000")
         if min(height, width) < 2 or (not lossless and (height % 2 or width % 2)):
             raise ValueError(f"{height}x{width}: yuv420p needs an even height and width; crop, or use lossless=True")
-        self.fps = Fraction(fps).limit_denominator(1001)
+        self.fps = written_rate(fps)
 
     def __enter__(self) -> VideoWriter:
         import av
@@ -46,7 +47,8 @@ class VideoWriter:
             self._stream: Any = self._container.add_stream("libx264rgb" if self.lossless else "libx264", rate=self.fps)
             self._stream.height, self._stream.width, _ = self.shape
             self._stream.pix_fmt = "rgb24" if self.lossless else "yuv420p"
-            self._stream.options = {"qp": "0"} if self.lossless else {"crf": "16"}
+            quality = {"crf": "16", "mbtree": str(int(min(self.shape[:2]) >= STEADY))}
+            self._stream.options = {"qp": "0"} if self.lossless else quality
             if not self.lossless:
                 codec = self._stream.codec_context
                 codec.colorspace = codec.color_primaries = codec.color_trc = codec.color_range = 1  # BT.709, limited
@@ -81,6 +83,11 @@ class VideoWriter:
             if not self.frames:
                 raise ValueError(f"{self.path}: no frame was written, so no file is left; write() at least one")
             self._container.mux(self._stream.encode())
+
+
+def written_rate(fps: Fraction | float) -> Fraction:
+    """Gives the frames per second that a file gets: 30000/1001 for 29.97002997."""
+    return Fraction(fps).limit_denominator(1001)
 
 
 def write_image(path: PathLike, frame: np.ndarray) -> None:

@@ -25,7 +25,7 @@ def thread(layers: Iterable, x: Clip, carry=None, remat: bool = False):
         raise ValueError(
             f"a carry of {len(before)} entries cannot go through {len(layers)} layers: use the carry of the same model"
         )
-    run = nnx.remat(call) if remat else call
+    run = nnx.remat(call, graph_updates=False) if remat else call
     after = []
     for layer, entry in zip(layers, before, strict=True):
         x, entry = run(layer, x, entry)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, ArrayLike
 
 from flax_vae.layers.conv import Clip
 
@@ -31,7 +31,7 @@ def in_chunks(module: nnx.Module, step: Step, x: Clip, size: int) -> Any:
 def _run(structure, step, size, parameters, state, x):
     def advance(before, chunk):
         state, carry = before
-        module = nnx.merge(structure, parameters, state, copy=True)  # variables of this trace: a step may transform it
+        module = nnx.merge(structure, parameters, state)
         result, carry = step(module, chunk, carry)
         return (nnx.state(module, nnx.Not(nnx.Param)), carry), result
 
@@ -52,7 +52,7 @@ def _join(first, rest):
     return jnp.concatenate([first, rest.reshape(rest.shape[0], -1, *rest.shape[3:])], axis=1)
 
 
-def fit_frames(x: Array, frames: int) -> Array:
+def fit_frames(x: ArrayLike, frames: int) -> Array:
     """Cuts (B, T, ...) to its first `frames` frames, or repeats its last one until there are so many."""
     x = jnp.asarray(x)[:, :frames]
     missing = frames - x.shape[1]

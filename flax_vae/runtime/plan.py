@@ -21,11 +21,12 @@ UNITS = {"B": 1, **{f"{p}{b}": k**n for k, b in ((1000, "B"), (1024, "iB")) for 
 HOST_SHARE = Fraction(1, 2)  # of a machine's memory: files, their cache and other programs are in it too
 DEVICE_SHARE = Fraction(9, 10)  # of what the allocator may take: it cannot fill every gap
 
-# What a process on a CPU takes beyond the arrays of its program. Measured on 2 threads, at 64 to 256 pixels:
-# convolutions keep copies of patches, and malloc what it has freed, 15 to 25 % of the program's arrays together;
-# 270 MiB are python, jax and flax, up to 160 MiB the compiler, the rest is for reading and writing video.
+# What a process on a CPU takes beyond its arrays, measured by encoding and decoding at 64 to 256 pixels. Convolutions
+# copy patches of their input: 10 to 25 % of all arrays. malloc keeps what is freed: up to 30 MiB a thread. Python, jax
+# and flax take 270 MiB, the compiler 160 MiB, the rest is for reading and writing video.
 CPU_FACTOR = Fraction(5, 4)
-CPU_PROCESS = 640 * 2**20
+CPU_THREAD_BYTES = 32 * 2**20
+CPU_PROCESS_BYTES = 576 * 2**20
 
 
 def available_bytes() -> int:
@@ -104,10 +105,21 @@ def step_bytes(step: Compiled, first: jax.ShapeDtypeStruct, later: jax.ShapeDtyp
         raise ValueError(f"the first chunk {first.shape} must not be larger than a later one {later.shape}")
     _, carry = step.trace(first, None).out_info
     traced = step.trace(later, carry)
+    arrays = program_bytes(traced) + tree_bytes((traced.out_info, later, later))
+    return process_bytes(arrays)
+
+
+def program_bytes(traced: jax.stages.Traced) -> int:
+    """Compiles a program and counts its arguments, results and temporaries."""
     memory = traced.lower().compile().memory_analysis()
-    program = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    arrays = program + tree_bytes((traced.out_info, later, later))
-    return math.ceil(CPU_FACTOR * arrays) + CPU_PROCESS if jax.default_backend() == "cpu" else arrays
+    return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+
+
+def process_bytes(arrays: int) -> int:
+    """Tells how much memory is needed to compute with so many bytes of arrays: on a CPU, by the whole process."""
+    if jax.default_backend() != "cpu":
+        return arrays
+    return math.ceil(CPU_FACTOR * arrays) + CPU_PROCESS_BYTES + CPU_THREAD_BYTES * (os.cpu_count() or 1)
 
 
 def tree_bytes(tree: Any) -> int:

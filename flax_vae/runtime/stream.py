@@ -68,6 +68,8 @@ def _one_ahead(step, chunks, carry):
     before = ()
     try:
         for chunk in chunks:
+            # A program reads a numpy array where it lies, maybe after its call returns, when the reader has refilled it.
+            chunk = chunk.copy() if isinstance(chunk, np.ndarray) else chunk
             after = step(chunk, carry)
             carry = after[1]
             del chunk
@@ -103,16 +105,22 @@ def _call(function, structure, state, chunk, carry):  # weights inside the progr
 def fitted(chunks: Iterable[ArrayLike], factor: int, frames: FramePolicy, start: bool = True) -> Iterator[ArrayLike]:
     """Yields chunks of `factor` * k frames (plus 1 at the `start`), (B, T, ...), the last one made so by `frames`.
 
-    Raises ValueError where another than the last one is not so.
+    Raises ValueError where another than the last one is not so, and where a stream starts with no frame.
     """
-    for chunk in (chunks := iter(chunks)):
+    chunks, starts = iter(chunks), itertools.chain([start], itertools.repeat(False))
+
+    def fit(chunk: Any, start: bool) -> ArrayLike:
+        if start and not chunk.shape[1]:
+            raise ValueError(f"a stream must start with at least one frame, got {tuple(chunk.shape)}")
         length = fitted_frames(chunk.shape[1], factor, frames, start)
-        if length:
-            yield chunk if length == chunk.shape[1] else fit_frames(chunk, length)
-        if length != chunk.shape[1] and next(chunks, None) is not None:
+        if length == chunk.shape[1]:
+            return chunk
+        if next(chunks, None) is not None:
             law = f"{factor}k + 1" if start else f"{factor}k"
             raise ValueError(f"a chunk that is not the last has {chunk.shape[1]} frames, expected {law}")
-        start = False
+        return fit_frames(chunk, length)
+
+    return filter(lambda chunk: chunk.shape[1], map(fit, chunks, starts))  # which keep no chunk, as a loop would
 
 
 def cut(frames: Iterable[ArrayLike], size: int, first: int = 1) -> Iterator[np.ndarray]:
@@ -127,7 +135,6 @@ def cut(frames: Iterable[ArrayLike], size: int, first: int = 1) -> Iterator[np.n
 
 
 def _cut(frames, size, first):
-    chunk = list(itertools.islice(frames, first))
-    while chunk:
-        yield np.stack(chunk)
-        chunk = list(itertools.islice(frames, size))
+    for frame in frames:
+        yield np.stack([frame, *itertools.islice(frames, first - 1)])
+        first = size

@@ -8,7 +8,7 @@ frames so large that a chunk of one latent does not fit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
@@ -20,6 +20,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from flax_vae.io.picture import psnr
+from flax_vae.layers.chunks import in_chunks
 from flax_vae.layers.conv import Clip, wide_dtype
 from flax_vae.layers.geometry import FramePolicy
 from flax_vae.runtime.stream import compiled
@@ -29,7 +30,7 @@ Step = Callable[[Any, Any], tuple[Any, Any]]  # (clip or chunk, carry) -> (resul
 
 @dataclass(frozen=True)
 class LossyTiling:
-    """Squares of `tile` pixels that share `overlap` pixels with their neighbours; by default as the public model has it.
+    """Squares of `tile` pixels that share `overlap` pixels with their neighbours; the public model's by default.
 
     Raises ValueError unless there is an overlap to blend in, of half a tile at most.
     """
@@ -83,11 +84,11 @@ def in_lossy_tiles(step: Step, tiling: LossyTiling, ratio: Fraction) -> Step:
         before = (None,) * len(shapes) if carry is None else carry
         if len(before) != len(shapes):
             raise ValueError(f"this carry is not of frames of {x.shape[2]}x{x.shape[3]} in tiles of {tiling.tile}")
-        canvas, after = None, []
+        result, after = blank(step, x, next(iter(shapes)), before[0], ratio), []
         for (shape, starts), entry in zip(shapes.items(), before, strict=True):
-            canvas, entry = add_tiles(step, x, entry, shape, jnp.array(starts), canvas, ratio, overlap)
+            result, entry = add_tiles(result, step, x, shape, jnp.array(starts), entry, ratio, overlap)
             after.append(entry)
-        return canvas, tuple(after)
+        return result, tuple(after)
 
     return tiled_step
 
@@ -100,40 +101,39 @@ def tiles_by_shape(tiling: LossyTiling, height: int, width: int) -> dict[tuple[i
     return shapes
 
 
-def add_tiles(step, x, carry, shape, starts, canvas, ratio, overlap):
-    """Adds the tiles of one shape to what there is of the result, (B, t, h, w, c); returns it and their carry."""
-    size, tile_size = (tuple(upscaled(n, ratio) for n in sizes) for sizes in (x.shape[2:4], shape))
+def blank(step, x, shape, carry, ratio):
+    """Gives the zeros (B, t, h, w, c) to which tiles are added; `carry` is that of all tiles of this shape."""
+    tile = jax.ShapeDtypeStruct((*x.shape[:2], *shape, x.shape[4]), x.dtype)
+    y, _ = jax.eval_shape(step, tile, jax.tree.map(lambda leaf: leaf[0], carry))
+    if y.shape[2:4] != resized(shape, ratio):
+        raise ValueError(f"the step makes {y.shape[2:4]} of {shape}: expected {ratio} times that, rounded up")
+    return jnp.zeros((*y.shape[:2], *resized(x.shape[2:4], ratio), y.shape[4]), y.dtype)
 
-    def tile_at(start):
-        return jax.lax.dynamic_slice(x, (0, 0, *start, 0), (*x.shape[:2], *shape, x.shape[4]))
 
-    def add(canvas, tile):
+def add_tiles(result, step, x, shape, starts, carry, ratio, overlap):
+    """Adds the tiles of one shape to the result, one after the other; returns it and their carry."""
+
+    def add(result, tile):
         start, carry = tile
-        y, carry = step(tile_at(start), carry)
-        start = start * ratio.numerator // ratio.denominator
-        wide = wide_dtype(y)
-        share = tile_share(start, tile_size, size, overlap, wide)[None, None, :, :, None]
+        x_tile = jax.lax.dynamic_slice(x, (0, 0, *start, 0), (*x.shape[:2], *shape, x.shape[4]))
+        y, carry = step(x_tile, carry)
+        start, wide = start * ratio.numerator // ratio.denominator, wide_dtype(y)
+        share = tile_share(start, y.shape[2:4], result.shape[2:4], overlap, wide)
         place = (0, 0, *start, 0)
-        there = jax.lax.dynamic_slice(canvas, place, y.shape).astype(wide)
-        sum_ = (there + share * y.astype(wide)).astype(y.dtype)
-        return jax.lax.dynamic_update_slice(canvas, sum_, place), carry
+        others = jax.lax.dynamic_slice(result, place, y.shape)
+        y = others.astype(wide) + share[None, None, :, :, None] * y.astype(wide)
+        return jax.lax.dynamic_update_slice(result, y.astype(result.dtype), place), carry
 
-    if canvas is None:
-        first = jax.tree.map(lambda leaf: leaf[0], (starts, carry))
-        y, _ = jax.eval_shape(lambda start, carry: step(tile_at(start), carry), *first)
-        if y.shape[2:4] != tile_size:
-            raise ValueError(f"the step makes {y.shape[2:4]} of {shape}, expected {tile_size} at a ratio of {ratio}")
-        canvas = jnp.zeros((*y.shape[:2], *size, y.shape[4]), y.dtype)
-    return jax.lax.scan(add, canvas, (starts, carry))
+    return jax.lax.scan(add, result, (starts, carry))
 
 
-def upscaled(pixels: int, ratio: Fraction) -> int:
-    """Counts the pixels that come out for so many that go in, rounded up."""
-    return -(-pixels * ratio.numerator // ratio.denominator)
+def resized(size: Sequence[int], ratio: Fraction) -> tuple[int, ...]:
+    """Gives the height and width that come out for those that go in, rounded up."""
+    return tuple(-(-pixels * ratio.numerator // ratio.denominator) for pixels in size)
 
 
 def tile_share(start, shape, size, overlap, dtype):
-    """Gives the share (h, w) of a tile in the result; the shares in a pixel sum to one.
+    """Gives the share (h, w) of a tile in every pixel of it; those of all tiles in a pixel sum to one.
 
     A row that is blended with the tile below was blended with the tile to the left before, and is so once more as a
     part of the tile below: there the ramps across are squared.
@@ -146,7 +146,7 @@ def tile_share(start, shape, size, overlap, dtype):
 
 
 def ramps(start, length, size, overlap, dtype):
-    """Gives a tile's ramps where it overlaps the tile before and the one after, 1 elsewhere; and where the latter is."""
+    """Gives a tile's ramps up from the tile before and down to the one after, 1 elsewhere, and where it goes down."""
     place = jnp.arange(length)
     before = (start > 0) & (place < overlap)
     after = (start + length < size) & (place >= length - overlap)
@@ -155,26 +155,35 @@ def ramps(start, length, size, overlap, dtype):
 
 
 class TiledModule(nnx.Module):
-    """Runs a module (x, carry) -> (y, carry) in lossy tiles, with the same signature, as one compiled program."""
+    """Runs a module (x, carry) -> (y, carry) in lossy tiles, as one compiled program, with the same signature.
 
-    def __init__(self, untiled: nnx.Module, tiling: LossyTiling, ratio: Fraction):
-        self.untiled, self.tiling, self.ratio = untiled, tiling, ratio
+    With `chunk`, x is a whole clip: each tile goes through all of it so many frames at a time, and leaves no carry.
+    """
+
+    def __init__(self, untiled: nnx.Module, tiling: LossyTiling, ratio: Fraction, chunk: int | None = None):
+        self.untiled, self.tiling, self.ratio, self.chunk = untiled, tiling, ratio, chunk
 
     def __call__(self, x: Clip, carry: Any = None) -> tuple[Array, Any]:
         """Gives the blended tiles (B, t, h, w, c), and a carry; see `in_lossy_tiles`."""
         return compiled(self._in_tiles)(x, carry)
 
     def _in_tiles(self, x, carry):
-        return in_lossy_tiles(compiled(self.untiled.__call__), self.tiling, self.ratio)(x, carry)
+        return in_lossy_tiles(compiled(self._tile), self.tiling, self.ratio)(x, carry)
+
+    def _tile(self, x, carry):
+        if self.chunk is None:
+            return self.untiled(x, carry)
+        return in_chunks(self.untiled, type(self.untiled).__call__, x, self.chunk), None
 
 
 class LossyTiles(nnx.Module):
     """A model that encodes and decodes in tiles: in the memory of a tile, and LOSSY.
 
-    It is used as the model is: whole, in chunks, in streams, under jit; its carry holds those of the tiles. The results
-    are not the model's (the head of this file says why), but those of the public model's tiling, up to rounding; only
-    a tile that would lie wholly within the one before is not computed (`LossyTiling.spans`). Meant for inference: all
-    tiles have the same dropout.
+    It is used as the model is, and its results are not the model's (the head of this file says why), but those of the
+    public model's tiling, up to rounding; only a tile that would lie wholly within the one before is not computed
+    (`LossyTiling.spans`). A whole clip, with `chunk` or without, is computed tile by tile from its first frame to its
+    last; in a stream, which goes on from all tiles, their carries take more memory than the model's own. Meant for
+    inference: all tiles have the same dropout.
 
     Args:
       vae: a model with `encoder`, `decoder` and a config, such as `CausalVideoVAE`; its weights are taken as they are.
@@ -195,11 +204,15 @@ class LossyTiles(nnx.Module):
 
     def encode(self, video: Clip, chunk: int | None = None, frames: FramePolicy = "error") -> Any:
         """Gives the distribution of latents of (B, T, H, W, 3), as the model's `encode` does."""
-        return self.vae.encode(video, chunk, frames)
+        factor, vae = self.config.temporal_factor, nnx.clone(self.vae)
+        vae.encoder.chunk = whole_latents(chunk, factor) if chunk is not None else factor * video.shape[1]
+        return vae.encode(video, frames=frames)
 
     def decode(self, latents: Clip, chunk: int | None = None) -> Clip:
         """Gives the video of latents (B, t, h, w, z), as the model's `decode` does."""
-        return self.vae.decode(latents, chunk)
+        vae = nnx.clone(self.vae)
+        vae.decoder.chunk = whole_latents(chunk, 1) if chunk is not None else latents.shape[1]
+        return vae.decode(latents)
 
     def encode_chunk(self, x: Clip, carry: Any = None) -> tuple[Any, Any]:
         """Encodes the next frames of a stream, as the model's `encode_chunk` does."""
@@ -208,6 +221,13 @@ class LossyTiles(nnx.Module):
     def decode_chunk(self, z: Clip, carry: Any = None) -> tuple[Clip, Any]:
         """Decodes the next latents of a stream, as the model's `decode_chunk` does."""
         return self.vae.decode_chunk(z, carry)
+
+
+def whole_latents(chunk: int, factor: int) -> int:
+    """Gives `chunk`; ValueError unless whole latents come of so many frames."""
+    if chunk < 1 or chunk % factor:
+        raise ValueError(f"chunk={chunk}: expected a multiple of {factor}, at least {factor}")
+    return chunk
 
 
 def lossy_psnr(vae: Any, video: Clip, tiling: LossyTiling = LossyTiling(), chunk: int | None = None) -> float:

@@ -1,0 +1,96 @@
+"""The peak memory of one piece of work, in a process of its own that `benchmarks.memory` starts; in bytes, as JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.subjects import Job, Preset, chunk_shape, flax_model, random_values, to_torch, torch_model
+
+LATER_CHUNKS = 3  # a stream takes no more with more of them
+
+
+def status(file: str, field: str) -> int:
+    """Reads a field, such as VmRSS of /proc/self/status, in bytes."""
+    lines = Path(file).read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+
+def free_bytes() -> int:
+    """Gives nine tenths of the memory that can be had without swapping."""
+    from flax_vae.runtime.plan import cgroup_limits
+
+    return min([status("/proc/meminfo", "MemAvailable"), *cgroup_limits()]) * 9 // 10
+
+
+def loaded_bytes() -> int:
+    """Forgets the peak so far and gives what is resident: called once the model is loaded."""
+    gc.collect()
+    with contextlib.suppress(OSError):  # where the peak cannot be reset, that of loading counts too
+        Path("/proc/self/clear_refs").write_text("5")
+    return status("/proc/self/status", "VmRSS")
+
+
+def peak_above(loaded: int) -> dict[str, int]:
+    """Gives the peak of the process, and how much of it came on top of what had been loaded."""
+    peak = status("/proc/self/status", "VmHWM")
+    return {"peak": peak, "above": peak - loaded}
+
+
+def flax_row(job: Job, preset: Preset, latents: int, height: int, width: int, is_stream: bool) -> dict[str, int]:
+    """Tells what a stream takes, or a clip as a whole, from what is compiled; runs it where there is so much."""
+    import jax
+    import jax.numpy as jnp
+
+    from flax_vae.runtime import plan
+    from flax_vae.runtime.stream import Stream, compiled
+
+    vae = flax_model(preset)
+    loaded = loaded_bytes()
+    step, rng = compiled(vae.encode_chunk if job == "encode" else vae.decode_chunk), np.random.default_rng(0)
+    first = chunk_shape(job, 1 if is_stream else latents, height, width)
+    chunks = [first, *[chunk_shape(job, latents, height, width, is_first=False)] * LATER_CHUNKS * is_stream]
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in chunks]
+    traced = step.trace(shapes[0], None)
+    if is_stream:
+        traced = step.trace(shapes[1], traced.out_info[1])
+    arrays = plan.program_bytes(traced)
+    told = plan.step_bytes(step, *shapes[:2]) if is_stream else plan.process_bytes(arrays)
+    row = {"weights": plan.tree_bytes(step.args[2]), "arrays": arrays, "told": told}
+    if told - row["weights"] > free_bytes():
+        return row
+
+    for result in Stream(step, (random_values(rng, shape) for shape in chunks)):
+        jax.tree.map(np.asarray, result)
+    return row | peak_above(loaded)
+
+
+def torch_row(job: Job, preset: Preset, latents: int, height: int, width: int) -> dict[str, int]:
+    """Runs torch_ref on a clip as a whole."""
+    import torch
+
+    vae = torch_model(preset)
+    loaded = loaded_bytes()
+    clip = random_values(np.random.default_rng(0), chunk_shape(job, latents, height, width))
+    with torch.no_grad():
+        (vae.encode if job == "encode" else vae.decode)(to_torch(clip))
+    return {"weights": sum(p.nbytes for p in vae.parameters())} | peak_above(loaded)
+
+
+def main(kind: str, job: Job, preset: Preset, *sizes: str) -> None:
+    """Prints the row of one kind: torch, stream or whole."""
+    latents, height, width = map(int, sizes)
+    if kind == "torch":
+        row = torch_row(job, preset, latents, height, width)
+    else:
+        row = flax_row(job, preset, latents, height, width, kind == "stream")
+    print(json.dumps(row | {"free": free_bytes()}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
