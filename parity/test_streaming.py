@@ -1,4 +1,10 @@
-"""A clip encoded and decoded in chunks by flax_vae equals the whole clip in torch_ref."""
+"""A clip in chunks in flax_vae, as streams and in one program, equals the whole clip in torch_ref.
+
+A plan is the number of latents of every chunk.
+"""
+
+from inspect import unwrap
+from itertools import accumulate, pairwise
 
 import jax
 import jax.numpy as jnp
@@ -7,46 +13,124 @@ import pytest
 
 pytest.importorskip("torch", reason="parity compares with torch")
 
+from flax_vae.layers import chunks
+from flax_vae.runtime import stream
 from parity import compare
-from parity.cases import CASES, MODEL_TOLERANCE
+from parity.cases import CASES, MODEL_TOLERANCE, SHALLOW
 
 CASE = next(case for case in CASES if case.name == "vae-shallow")
-PLANS = [(5,), (1, 4), (3, 2), (1, 2, 2), (1, 1, 1, 1, 1)]
+FAST = {"xla_backend_optimization_level": 0}
+SINGLE = (1, 1, 1)
 
 
-def in_chunks(step, x: jax.Array, plan: tuple[int, ...], carry=None) -> tuple[list, object]:
-    """Gives what each chunk of the plan yields, and the last carry."""
-    results, start = [], 0
-    for frames in plan:
-        result, carry = step(x[:, start : start + frames], carry)
-        results.append(result)
-        start += frames
-    return results, carry
+@pytest.fixture(scope="module", autouse=True)
+def fast_and_exact(request):
+    """Has streams compiled fast, and convolutions in their full precision."""
+    if request.config.getoption("device") == "tpu":
+        pytest.skip("TPUs have no float64 convolutions")
+    call = jax.jit(unwrap(stream._call), static_argnums=(0, 1), compiler_options=FAST)
+    with pytest.MonkeyPatch.context() as patch, jax.default_matmul_precision("highest"):
+        patch.setattr(stream, "_call", call)
+        yield
 
 
-def encoded_and_decoded(plan: tuple[int, ...], spoil=lambda carry: carry):
-    """Gives torch_ref's whole mean and video, and ours in chunks; `spoil` changes the carry between chunks."""
-    draws, results = compare.truth(CASE, "float32")
-    vae, expected = compare.ported(CASE, draws[0].weights, "float64"), results[0][compare.FORWARD]
-
-    def spoiled(step):
-        return lambda chunk, carry: step(chunk, None if carry is None else spoil(carry))
-
-    chunks, _ = in_chunks(spoiled(vae.encode_chunk), jnp.asarray(draws[0].x), plan)
-    mean = jnp.concatenate([posterior.mean for posterior in chunks], axis=1)
-    video, _ = in_chunks(spoiled(vae.decode_chunk), mean, (1,) * mean.shape[1])
-    ours = {"mean": compare.torch_layout(mean), "video": compare.torch_layout(jnp.concatenate(video, axis=1))}
-    return ours, expected
+@pytest.fixture
+def vae():
+    """Our model with the weights of the row, in float64."""
+    return compare.ported(CASE, draw().weights, "float64")
 
 
-@pytest.mark.parametrize("plan", PLANS, ids=str)
-def test_clip_in_chunks_equals_torchs_whole_clip(plan: tuple[int, ...]):
-    ours, expected = encoded_and_decoded(plan)
-    for name, value in ours.items():
-        assert value.shape == expected[name].shape
-        assert np.abs(value - expected[name]).max() <= MODEL_TOLERANCE * np.abs(expected[name]).max()
+def draw() -> compare.Draw:
+    return compare.truth(CASE, "float32")[0][0]
 
 
-def test_a_forgotten_carry_is_noticed():
-    ours, expected = encoded_and_decoded((3, 2), spoil=lambda carry: jax.tree.map(jnp.zeros_like, carry))
-    assert np.abs(ours["mean"] - expected["mean"]).max() > 1e-3 * np.abs(expected["mean"]).max()
+def clip() -> jax.Array:
+    return jnp.asarray(draw().x)
+
+
+def count(latents: int) -> int:
+    return SHALLOW.temporal_factor * (latents - 1) + 1 if latents else 0
+
+
+def cut(x: jax.Array, plan: tuple[int, ...], frames: bool) -> list[jax.Array]:
+    ends = [count(end) if frames else end for end in accumulate(plan, initial=0)]
+    return [x[:, start:end] for start, end in pairwise(ends)]
+
+
+def check(name: str, ours: list) -> None:
+    """AssertionError unless results, joined in time, are what torch makes of the whole clip."""
+    value = compare.torch_layout(jnp.concatenate(ours, axis=1))
+    true = compare.truth(CASE, "float32")[1][0][compare.FORWARD][name]
+    assert value.shape == true.shape, f"{name}: shape {value.shape} instead of {true.shape}"
+    error = np.abs(value - true).max() / np.abs(true).max()
+    assert error <= MODEL_TOLERANCE, f"{name}: relative error {error:.2e} exceeds {MODEL_TOLERANCE:.0e}"
+
+
+@pytest.mark.parametrize("plan", [(3,), (1, 2), SINGLE], ids=str)
+def test_streams_equal_torchs_whole_clip(vae, plan: tuple[int, ...]):
+    means = [posterior.mean for posterior in stream.encode(vae, cut(clip(), plan, frames=True))]
+    check("mean", means)
+    check("video", list(stream.decode(vae, means)))
+
+
+def test_chunks_in_one_program_equal_torchs_whole_clip(vae, monkeypatch):
+    run = jax.jit(unwrap(chunks._run), static_argnums=(0, 1, 2), compiler_options=FAST)
+    monkeypatch.setattr(chunks, "_run", run)
+    mean = vae.encode(clip(), chunk=SHALLOW.temporal_factor).mean
+    check("mean", [mean])
+    check("video", [vae.decode(mean, chunk=1)])
+
+
+def run(vae, name: str, spoil, order: tuple[int, ...] = (0, 1, 2)) -> list:
+    """Encodes or decodes one latent after the other, with what `spoil` makes of the carries so far."""
+    whole = next(stream.encode(vae, [clip()])).mean if name == "video" else None
+    step = stream.compiled(vae.encode_chunk if name == "mean" else vae.decode_chunk)
+    pieces = cut(clip() if whole is None else whole, SINGLE, frames=whole is None)
+    carries: list = []
+    results = []
+    for i in order:
+        result, carry = step(pieces[i], spoil(carries))
+        results.append(result.mean if name == "mean" else result)
+        carries.append(carry)
+    return results
+
+
+def right(carries: list):
+    return carries[-1] if carries else None
+
+
+def zeros(carries: list):
+    return jax.tree.map(jnp.zeros_like, right(carries))
+
+
+def stale(carries: list):
+    return carries[-2] if len(carries) > 1 else right(carries)
+
+
+def shifted(carries: list):
+    return jax.tree.map(lambda frames: jnp.roll(frames, 1, axis=1), right(carries))
+
+
+@pytest.mark.parametrize("name", ["mean", "video"])
+@pytest.mark.parametrize("spoil", [zeros, stale, shifted])
+def test_a_wrong_carry_is_noticed(vae, name: str, spoil):
+    check(name, run(vae, name, right))
+    with pytest.raises(AssertionError, match="relative error"):
+        check(name, run(vae, name, spoil))
+
+
+def test_swapped_chunks_are_noticed(vae):
+    with pytest.raises(AssertionError, match="relative error"):
+        check("video", run(vae, "video", right, order=(0, 2, 1)))
+
+
+def test_a_first_frame_that_is_not_dropped_is_noticed(vae):
+    def never_started(carries: list):
+        return carries[-1] if carries else blank
+
+    blank = jax.tree.map(jnp.zeros_like, stream.compiled(vae.decode_chunk)(jnp.zeros((2, 1, 4, 3, 3)), None)[1])
+    frames = run(vae, "video", never_started)
+    with pytest.raises(AssertionError, match="shape"):
+        check("video", frames)
+    with pytest.raises(AssertionError, match="relative error"):
+        check("video", [frames[0][:, 1:], *frames[1:]])

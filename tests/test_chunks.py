@@ -169,7 +169,6 @@ def test_gradients_through_chunks_are_those_of_the_whole_in_less_memory(vae, noi
     assert sum(size > 1e-4 for size in sizes) > 80
     for whole, chunked, size in zip(*results, sizes, strict=True):
         assert np.abs(chunked - whole).max() < 1e-12 * max(size, 1e-3 * max(sizes))
-    print(memory)
     assert memory[1] < 0.8 * memory[0]
 
 

@@ -267,17 +267,15 @@ def test_a_folder_is_not_written_into_itself_nor_into_a_file(run, checkpoints, i
     assert "there is no folder" in err
 
 
-def test_lossy_tiles_change_frames_larger_than_a_tile(run, checkpoints, tmp_path, monkeypatch):
+def test_lossy_tiles_change_frames_larger_than_a_tile(run, checkpoints, tmp_path):
     from flax_vae.io.writer import write_image
-    from flax_vae.runtime import tile
 
-    monkeypatch.setattr(tile.LossyTiling.__init__, "__defaults__", (16, 8))
-    write_image(tmp_path / "a.png", np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8))
+    write_image(tmp_path / "a.png", np.random.default_rng(0).integers(0, 256, (264, 264, 3), dtype=np.uint8))
     args = "--weights", checkpoints / "vae"
     for name, more in (("plain", ()), ("tiles", ("--lossy-tiles",))):
-        assert run("encode", tmp_path / "a.png", tmp_path / name, *args, *more)[0] == 0
+        assert run("encode", tmp_path / "a.png", tmp_path / name, *args, "--size", 264, *more)[0] == 0
     plain, tiles = (Latents(tmp_path / name).read() for name in ("plain", "tiles"))
-    assert plain.shape == tiles.shape
+    assert plain.shape == tiles.shape == (1, 1, 33, 33, 16)
     assert not close(plain, tiles)
     assert run("decode", tmp_path / "tiles", tmp_path / "again.png", *args, "--lossy-tiles")[0] == 0
 

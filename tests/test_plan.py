@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -15,7 +16,7 @@ from flax_vae.models.config import narrow
 from flax_vae.models.vae import CausalVideoVAE
 from flax_vae.runtime import plan
 from flax_vae.runtime.plan import cgroup_limits, format_bytes, largest, parse_bytes, step_bytes
-from flax_vae.runtime.stream import compiled
+from flax_vae.runtime.stream import Stream, compiled
 
 hypothesis = pytest.importorskip("hypothesis", reason="sizes are drawn by hypothesis")
 given, st = hypothesis.given, hypothesis.strategies
@@ -98,78 +99,73 @@ def test_no_size_at_all_is_refused_with_the_ways_out():
 
 
 @pytest.fixture(scope="module")
-def vae():
-    return CausalVideoVAE(CONFIG, rngs=nnx.Rngs(0))
-
-
-@pytest.fixture(scope="module")
-def steps(vae):
+def steps():
+    """The steps of a model that has no weights yet: their shapes are enough to plan."""
+    vae = nnx.eval_shape(lambda: CausalVideoVAE(CONFIG, rngs=nnx.Rngs(0)))
     return {"encode": compiled(vae.encode_chunk), "decode": compiled(vae.decode_chunk)}
 
 
-def shape_of(job, batch, latents, size=32):
-    """Gives the shape of a chunk of so many latents, or of the frames they are of; 0 is the first chunk of a stream."""
+def shape_of(job, latents, batch=1, size=32):
+    """Gives the shape of so many latents, or of the frames they are of; 0 stands for the first chunk of a stream."""
     if job == "encode":
         return jax.ShapeDtypeStruct((batch, max(8 * latents, 1), size, size, 3), jnp.float32)
     return jax.ShapeDtypeStruct((batch, max(latents, 1), size // 8, size // 8, 16), jnp.float32)
 
 
-@pytest.mark.parametrize("job", ["encode", "decode"])
-def test_more_latents_more_clips_and_larger_frames_need_more(job, steps):
-    def needed(batch, latents, size=32):
-        return step_bytes(steps[job], shape_of(job, batch, 0, size), shape_of(job, batch, latents, size))
-
-    one = needed(1, 1)
-    assert one < needed(1, 2)
-    assert one < needed(2, 1)
-    assert one < needed(1, 1, 40)
+@pytest.fixture(scope="module")
+def needed(steps):
+    """Gives a function of the latents of a chunk, the clips of a batch and their size: the bytes of a stream."""
+    return lambda job, *which: step_bytes(steps[job], shape_of(job, 0, *which[1:]), shape_of(job, *which))
 
 
-def test_the_weights_the_carry_and_the_result_are_counted(steps, monkeypatch):
+def test_more_latents_more_clips_and_larger_frames_need_more(needed):
+    assert needed("encode", 1) < needed("encode", 2)
+    assert needed("decode", 1) < needed("decode", 2)
+    assert needed("decode", 1) < needed("decode", 1, 2)
+    assert needed("decode", 1) < needed("decode", 1, 1, 48)
+
+
+def test_the_weights_the_carry_and_the_result_are_counted(steps, needed, monkeypatch):
     monkeypatch.setattr(plan, "process_bytes", lambda arrays: arrays)
-    step, first, later = steps["decode"], shape_of("decode", 1, 0, 64), shape_of("decode", 1, 1, 64)
-    weights = plan.tree_bytes(step.args[2])
-    video, carry = jax.eval_shape(step, later, jax.eval_shape(step, first, None)[1])
-    assert step_bytes(step, first, later) > weights + 2 * plan.tree_bytes(video) + 3 * plan.tree_bytes(carry)
+    weights = plan.tree_bytes(steps["decode"].args[2])
+    _, carry = steps["decode"].trace(shape_of("decode", 0), None).out_info
+    video, _ = steps["decode"].trace(shape_of("decode", 1), carry).out_info
+    assert needed("decode", 1) > weights + 2 * plan.tree_bytes(video) + 3 * plan.tree_bytes(carry)
 
 
-def test_a_real_model_is_given_the_largest_chunk_that_fits(steps):
-    def needed(n):
-        return step_bytes(steps["decode"], shape_of("decode", 1, 0), shape_of("decode", 1, n))
-
-    assert largest(needed, needed(4) + 1000, 16) == 4
-    assert largest(needed, needed(4) - 1, 16) == 2
+def test_a_real_model_is_given_the_largest_chunk_that_fits(needed):
+    enough = needed("decode", 2)
+    assert largest(lambda n: needed("decode", n), enough, 4) == 2
+    assert largest(lambda n: needed("decode", n), enough - 1, 4) == 1
 
 
-def test_too_small_a_budget_is_refused_before_anything_is_run(vae, monkeypatch):
+def test_too_small_a_budget_is_refused_before_anything_is_run(steps, needed, monkeypatch):
     calls = []
-    step = compiled(vae.decode_chunk)
-    monkeypatch.setattr(type(step), "__call__", lambda *args: calls.append(args))
+    monkeypatch.setattr(type(steps["decode"]), "__call__", lambda *args: calls.append(args))
     with pytest.raises(ValueError, match="10 MiB may be used"):
-        largest(lambda n: step_bytes(step, shape_of("decode", 1, 0), shape_of("decode", 1, n)), 10 * 2**20, 4)
+        largest(lambda n: needed("decode", n), 10 * 2**20, 4)
     assert calls == []
 
 
 def test_a_first_chunk_that_is_the_largest_is_refused(steps):
     with pytest.raises(ValueError, match="first chunk"):
-        step_bytes(steps["decode"], shape_of("decode", 1, 2), shape_of("decode", 1, 1))
+        step_bytes(steps["decode"], shape_of("decode", 2), shape_of("decode", 1))
 
 
-def test_what_is_compiled_to_plan_is_what_runs(vae):
-    traced = []
-
-    class Counted(nnx.Module):
+def test_the_program_that_was_compiled_to_plan_is_the_one_that_runs(caplog):
+    class Next(nnx.Module):
         def step(self, x, carry):
-            traced.append(x.shape)
-            return x + 1, x[:, -1:]
+            return (x if carry is None else x + carry), x[:, -1:]
 
-    step = compiled(Counted().step)
-    shapes = [jax.ShapeDtypeStruct((1, n, 2, 2, 3), jnp.float32) for n in (1, 4)]
-    step_bytes(step, *shapes)
-    carry = None
-    for shape in shapes:
-        _, carry = step(jnp.zeros(shape.shape, shape.dtype), carry)
-    assert traced == [(1, 1, 2, 2, 3), (1, 4, 2, 2, 3)]
+    def compilations():
+        return sum("Finished XLA compilation of jit(_call)" in message for message in caplog.messages)
+
+    step, chunks = compiled(Next().step), [np.ones((1, frames, 2, 2, 3), np.float32) for frames in (1, 4, 4)]
+    with jax.log_compiles():
+        step_bytes(step, *(jax.ShapeDtypeStruct(chunk.shape, chunk.dtype) for chunk in chunks[:2]))
+        assert compilations() == 1
+        assert len(list(Stream(step, chunks))) == 3
+        assert compilations() == 2
 
 
 MEASURE = """
@@ -195,7 +191,7 @@ print(json.dumps({"peak": peak, "told": told}))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the peak of a process is read from /proc")
-@pytest.mark.parametrize(("job", "latents", "size"), [("decode", 1, 32), ("decode", 4, 192), ("encode", 4, 192)])
+@pytest.mark.parametrize(("job", "latents", "size"), [("decode", 2, 128), ("encode", 4, 128)])
 def test_a_stream_takes_no_more_than_was_told_and_not_far_less(job, latents, size):
     run = subprocess.run(
         [sys.executable, "-c", MEASURE, job, str(latents), str(size)],

@@ -22,7 +22,6 @@ from little import CONFIG
 
 from flax_vae import CausalVideoVAE
 from flax_vae.io.trees import load_tree, save_tree
-from flax_vae.layers.resample import TemporalUpsample
 from flax_vae.runtime import stream
 
 hypothesis = pytest.importorskip("hypothesis", reason="plans are drawn by hypothesis")
@@ -228,10 +227,10 @@ def test_swapped_chunks_are_noticed(code):
         code.check(joined(code.start(code.vae, [*chunks[:2], chunks[3], chunks[2], chunks[4]])))
 
 
-def test_a_first_frame_that_is_not_dropped_is_noticed(vae, monkeypatch):
+def test_a_first_frame_that_is_not_dropped_is_noticed(vae):
     code = coder(vae, "decode")
-    *_, (_, zeros) = iter([stream.compiled(code.step)(code.chunks(ONES)[0], None)])
-    frames = run_with(code, ONES, first=jax.tree.map(jnp.zeros_like, zeros))
+    _, carry = stream.compiled(code.step)(code.chunks(ONES)[0], None)
+    frames = run_with(code, ONES, first=jax.tree.map(jnp.zeros_like, carry))
     assert frames.shape[1] == LATENTS * FACTOR
     with pytest.raises(AssertionError):
         code.check(frames)
@@ -304,7 +303,7 @@ def test_programs_are_made_once_for_every_shape_of_chunk_and_shared(code, quick_
         results = [joined(results) for results in streams]
         assert all(np.array_equal(*pair) for pair in zip(results, wanted, strict=True)) == (vae is code.vae)
     assert quick_call._cache_size() == made
-    code.start(code.vae, [chunk[:, :, :4] for chunk in code.chunks((1,))]).__next__()
+    next(code.start(code.vae, [chunk[:, :, :4] for chunk in code.chunks((1,))]))
     assert quick_call._cache_size() == made + 1
 
 
@@ -395,8 +394,7 @@ def test_an_error_in_reading_leaves_a_carry_to_go_on_from(error):
 
     running, results = stream.Stream(total, chunks()), []
     with pytest.raises(type(error)):
-        for result in running:
-            results.append(float(result))
+        results.extend(map(float, running))
     assert results == [2.0, 22.0][: len(results)]
     assert isinstance(error, KeyboardInterrupt) or len(results) == 2
     assert running.carry == (results[-1] if results else None)

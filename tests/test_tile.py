@@ -329,12 +329,12 @@ def test_nine_tiles_take_a_fraction_of_the_memory(vae, size, shapes):
 
 
 def test_a_whole_clip_in_chunks_holds_no_carry_but_one_tiles(vae):
-    lossy, latents = LossyTiles(vae, LossyTiling(24, 8)), jnp.zeros((1, 17, 28, 28, 2))
+    lossy, latents = LossyTiles(vae, LossyTiling(24, 8)), jnp.zeros((1, 17, 44, 44, 2))
     _, carry = jax.eval_shape(lossy.decode_chunk, latents)
     carries = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(carry))
     chunked = scratch(lossy, lambda model, z: model.decode(z, chunk=1), latents)
     assert chunked < 0.5 * scratch(lossy, lambda model, z: model.decode(z), latents)
-    assert chunked < 0.5 * carries
+    assert chunked < 0.7 * carries
 
 
 @pytest.mark.parametrize("frames", [1, 2, 4])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -64,6 +65,7 @@ def extract(
     Example:
       flax-vae extract clips/ clips_latents --weights my_vae --size 256x256 --part 1/4
     """
+    from flax_vae.io.files import scratch
     from flax_vae.io.manifest import Log, read_entries
 
     number, parts = read_part(part)
@@ -77,10 +79,11 @@ def extract(
     settings = {"size": size, "frames": frames, **model.identity}
     check_settings(logs, settings)
     (out / LATENTS).mkdir(parents=True, exist_ok=True)
-    with Log(logs[number - 1], settings) as log:
+    own = logs[number - 1]
+    with Log(own, settings) as log, scratch(own.with_name(f".{own.stem}")) as folder:
         mine = [entry for i, entry in enumerate(entries) if i % parts == number - 1]
-        Extraction(out, model, budget, log).run(mine, lambda path: open_clip(path, config, size, frames))
-    finish(source, out, entries, logs)
+        Extraction(out, model, budget, log, folder).run(mine, lambda path: open_clip(path, config, size, frames))
+        finish(source, out, entries, logs, folder)
 
 
 def read_part(text: str) -> tuple[int, int]:
@@ -109,7 +112,7 @@ def check_settings(logs: Sequence[Path], settings: Mapping[str, object]) -> None
             raise ValueError(f"{log}: was begun otherwise, with {json.dumps(before)}; write elsewhere, or as begun")
 
 
-def finish(source: Path, out: Path, entries: Sequence[Entry], logs: Sequence[Path]) -> None:
+def finish(source: Path, out: Path, entries: Sequence[Entry], logs: Sequence[Path], folder: Path) -> None:
     """Writes the manifest, the list of failures and the statistics, once every clip is done or has failed."""
     from flax_vae.io.manifest import read_log, write_lines
     from flax_vae.models.statistics import LatentStatistics
@@ -130,13 +133,15 @@ def finish(source: Path, out: Path, entries: Sequence[Entry], logs: Sequence[Pat
         note(f"{len(missing)} of {len(kinds)} clips are other parts' to do; the last to end writes {out / STATISTICS}")
         return
     failed = [path for path in kinds if path not in latents]
-    write_lines(out / MANIFEST, ({kinds[path]: path, "latents": latents[path]} for path in kinds if path in latents))
-    write_lines(out / FAILED, ({kinds[path]: path, "error": errors[path]} for path in failed))
+    write_lines(folder / MANIFEST, ({kinds[path]: path, "latents": latents[path]} for path in kinds if path in latents))
+    write_lines(folder / FAILED, ({kinds[path]: path, "error": errors[path]} for path in failed))
     rows = [("clips encoded", len(kinds) - len(failed)), ("clips that cannot be read", len(failed))]
     if total is not None:
-        write_statistics(out / STATISTICS, total)
+        write_statistics(folder / STATISTICS, total)
         rows += [("first latent frames: mean, std over all channels", total.first.overall())]
         rows += [("later latent frames: mean, std over all channels", total.rest.overall())]
+    for path in sorted(folder.iterdir()):
+        os.replace(path, out / path.name)
     table(f"{source} to {out}", rows)
     for path in failed[:9]:
         note(f"left out: {errors[path]}")
@@ -146,12 +151,9 @@ def finish(source: Path, out: Path, entries: Sequence[Entry], logs: Sequence[Pat
 
 def write_statistics(path: Path, total: LatentStatistics) -> None:
     """Writes the mean and standard deviation of every channel, and the scaling that they make."""
-    from flax_vae.io.files import replacing
-
     try:
         scaling = total.scaling().to_dict()
     except ValueError as error:
         note(str(error))
         scaling = None
-    with replacing(path) as part:
-        part.write_text(json.dumps({**total.summary(), "scaling": scaling}, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps({**total.summary(), "scaling": scaling}, indent=2) + "\n", encoding="utf-8")

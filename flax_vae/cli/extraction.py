@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -29,10 +30,10 @@ FAILURES = (ValueError, OSError)  # of a clip that cannot be read
 class Extraction:
     """Encodes clips to files in OUT/latents, and logs what has become of each."""
 
-    def __init__(self, out: Path, model: Model, budget: int | None, log: Log):
+    def __init__(self, out: Path, model: Model, budget: int | None, log: Log, scratch: Path):
         from flax_vae.runtime.stream import compiled
 
-        self.out, self.model, self.budget, self.log = out, model, budget, log
+        self.out, self.model, self.budget, self.log, self.scratch = out, model, budget, log, scratch
         self.step = compiled(model.vae.encode_chunk)
         self._batches: dict[tuple[int, ...], tuple[int, int]] = {}
 
@@ -93,7 +94,9 @@ class Extraction:
                 continue
             mean, logvar = (np.concatenate(parts, axis=1) for parts in zip(*row.parts, strict=True))
             target = self.target(row.entry, SUFFIX)
-            write_latents(target, self.about(row.clip), mean, logvar, row.frames)
+            whole = self.scratch / target.name
+            write_latents(whole, self.about(row.clip), mean, logvar, row.frames)
+            os.replace(whole, target)
             self.done(row.entry, target, row.clip, row.frames, LatentStatistics.of(mean, logvar))
 
     def encode_long(self, entry: Entry, clip: Clip) -> None:

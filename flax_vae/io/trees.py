@@ -19,8 +19,11 @@ TREE = "tree"  # the entry of the metadata that says how the tuples are nested
 def save_tree(path: PathLike, tree: Any, about: Mapping[str, str] | None = None) -> None:
     """Writes nested tuples of floating-point arrays, or None, and the texts `about` it.
 
-    The file takes its name when it is complete. Raises ValueError for anything else in the tree.
+    The file takes its name when it is complete. Raises ValueError for anything else in the tree, and for a text of the
+    name "tree", which is taken.
     """
+    if TREE in (about or {}):
+        raise ValueError(f"{path}: a text cannot be named {TREE!r}, which is where the tree is described")
     leaves: dict[str, Any] = {}
 
     def named(node: Any) -> Any:
@@ -51,6 +54,8 @@ def load_tree(path: PathLike) -> tuple[Any, dict[str, str]]:
     def built(node: Any) -> Any:
         if isinstance(node, list):
             return tuple(built(entry) for entry in node)
+        if node is not None and node not in file.specs:
+            raise ValueError(f"no array {node!r}")
         return None if node is None else file.read(node)
 
     try:

@@ -34,7 +34,7 @@ def thread(layers: Iterable, x: Clip, carry=None, remat: bool = False):
 
 
 def call(layer, x: Clip, carry):
-    """Runs one layer; a function of the layer, so that its parameters and random state pass through a transformation."""
+    """Runs one layer, as a function of the layer, whose parameters and random state a transformation is to see."""
     return layer(x, carry)
 
 

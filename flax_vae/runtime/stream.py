@@ -68,7 +68,7 @@ def _one_ahead(step, chunks, carry):
     before = ()
     try:
         for chunk in chunks:
-            # A program reads a numpy array where it lies, maybe after its call returns, when the reader has refilled it.
+            # A program may read a numpy array where it lies, after its call returned and the reader has refilled it.
             chunk = chunk.copy() if isinstance(chunk, np.ndarray) else chunk
             after = step(chunk, carry)
             carry = after[1]
@@ -109,7 +109,7 @@ def fitted(chunks: Iterable[ArrayLike], factor: int, frames: FramePolicy, start:
     """
     chunks, starts = iter(chunks), itertools.chain([start], itertools.repeat(False))
 
-    def fit(chunk: Any, start: bool) -> ArrayLike:
+    def fit(chunk: Any, start: bool) -> Any:
         if start and not chunk.shape[1]:
             raise ValueError(f"a stream must start with at least one frame, got {tuple(chunk.shape)}")
         length = fitted_frames(chunk.shape[1], factor, frames, start)
