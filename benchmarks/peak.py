@@ -7,6 +7,7 @@ import gc
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -82,7 +83,7 @@ def torch_row(job: Job, preset: Preset, latents: int, height: int, width: int) -
     return {"weights": sum(p.nbytes for p in vae.parameters())} | peak_above(loaded)
 
 
-def main(kind: str, job: Job, preset: Preset, *sizes: str) -> None:
+def main(kind: str, job: Any, preset: Any, *sizes: str) -> None:
     """Prints the row of one kind: torch, stream or whole."""
     latents, height, width = map(int, sizes)
     if kind == "torch":

@@ -1,22 +1,29 @@
-"""The smallest VAE in which everything happens: two blocks a side, space halved once, time twice."""
+"""The smallest VAEs in which everything happens: two blocks, or one, where space is halved once and time by each."""
 
 from flax_vae import VAEConfig
 
-CONFIG = VAEConfig(
-    encoder_out_channels=2,
-    encoder_layers_per_block=(1, 1),
-    encoder_down_block_types=("DownEncoderBlockCausal3D",) * 2,
-    encoder_block_out_channels=(4, 6),
-    encoder_spatial_down_sample=(True, False),
-    encoder_temporal_down_sample=(True, True),
-    encoder_block_dropout=(0.0, 0.0),
-    encoder_norm_num_groups=2,
-    decoder_in_channels=2,
-    decoder_layers_per_block=(1, 1),
-    decoder_up_block_types=("UpDecoderBlockCausal3D",) * 2,
-    decoder_block_out_channels=(4, 4),
-    decoder_spatial_up_sample=(False, True),
-    decoder_temporal_up_sample=(True, True),
-    decoder_block_dropout=(0.0, 0.0),
-    decoder_norm_num_groups=2,
-)
+
+def config(*spatial: bool) -> VAEConfig:
+    """Gives a config with one block for every argument, which says whether it halves or doubles space."""
+    blocks, every = len(spatial), (True,) * len(spatial)
+    return VAEConfig(
+        encoder_out_channels=2,
+        encoder_layers_per_block=(1,) * blocks,
+        encoder_down_block_types=("DownEncoderBlockCausal3D",) * blocks,
+        encoder_block_out_channels=(4, 6)[-blocks:],
+        encoder_spatial_down_sample=spatial,
+        encoder_temporal_down_sample=every,
+        encoder_block_dropout=(0.0,) * blocks,
+        encoder_norm_num_groups=2,
+        decoder_in_channels=2,
+        decoder_layers_per_block=(1,) * blocks,
+        decoder_up_block_types=("UpDecoderBlockCausal3D",) * blocks,
+        decoder_block_out_channels=(4,) * blocks,
+        decoder_spatial_up_sample=spatial[::-1],
+        decoder_temporal_up_sample=every,
+        decoder_block_dropout=(0.0,) * blocks,
+        decoder_norm_num_groups=2,
+    )
+
+
+CONFIG, ONE_BLOCK = config(True, False), config(True)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from little import CONFIG
+from little import CONFIG, ONE_BLOCK
 
 from flax_vae import CausalConv3d, CausalVideoVAE
 from flax_vae.layers import chunks
@@ -150,23 +150,25 @@ def test_a_clip_in_chunks_is_the_whole_clip_and_its_prefix_a_prefix(wholes, fram
     assert apart(some_video, video[:, :frames]) < TOLERANCE[dtype]
 
 
-def test_gradients_through_chunks_are_those_of_the_whole_in_less_memory(vae, noise):
-    structure, parameters = nnx.split(vae)
+def test_gradients_through_chunks_are_those_of_the_whole_in_less_memory(randomized, noise):
+    structure, parameters = nnx.split(randomized(lambda rngs: CausalVideoVAE(ONE_BLOCK, rngs=rngs)))
 
     def loss(parameters, x, chunk):
         vae = nnx.merge(structure, parameters)
         posterior = vae.encode(x, chunk=chunk)
-        video = vae.decode(posterior.sample(jax.random.key(0)), chunk=chunk and chunk // FACTOR)
+        video = vae.decode(posterior.sample(jax.random.key(0)), chunk=chunk and chunk // 2)
         return jnp.square(video - x).mean() + 1e-2 * posterior.kl()
 
-    x, results, memory = noise((1, 17, 12, 16, 3)), [], []
-    for chunk in (None, 4):
+    x, results, memory = noise((1, 9, 12, 16, 3)), [], []
+    for chunk in (None, 2):
         step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=2, compiler_options=FAST)
         program = step.lower(parameters, x, chunk).compile()
         results.append(jax.tree.leaves(program(parameters, x)))
         memory.append(program.memory_analysis().temp_size_in_bytes)
     sizes = [np.abs(leaf).max() for leaf in results[0]]
-    assert sum(size > 1e-4 for size in sizes) > 80
+    assert (
+        sum(size > 1e-6 * max(sizes) for size in sizes) == len(sizes) - 2
+    )  # the biases of attention's keys do nothing
     for whole, chunked, size in zip(*results, sizes, strict=True):
         assert np.abs(chunked - whole).max() < 1e-12 * max(size, 1e-3 * max(sizes))
     assert memory[1] < 0.8 * memory[0]

@@ -217,6 +217,7 @@ def writing(command, path):
         ([*ENCODE, "--memory", "0GiB"], "is no amount of memory"),
         ([*ENCODE, "--memory", "5MiB"], "needed for one latent at a time, and 5 MiB may be used"),
         ([*RECONSTRUCT, "--memory", "5MiB"], "needed for one latent at a time, and 5 MiB may be used"),
+        ([*RECONSTRUCT, "--measure-tiles"], "--measure-tiles measures --lossy-tiles: give both"),
         ([*ENCODE, "--scaling", "sdxl"], "one of flux, sd3, got 'sdxl'"),
         ([*ENCODE, "--scaling", "{vae}/config.json"], "config.json: holds no statistics of latents"),
         ([*ENCODE, "--scaling", "{in}/text.mp4"], "text.mp4: holds no statistics of latents"),
@@ -376,6 +377,22 @@ def test_what_is_cropped_is_said(checkpoints, clip, given, shape, said):
     opened = open_clip(clip, read_config(str(checkpoints / "vae")), given, None)
     assert (opened.height, opened.width) == shape
     assert opened.about == f"{clip}: {said}"
+
+
+def test_a_larger_clip_is_only_cropped_and_a_large_one_made_smaller(checkpoints, tmp_path):
+    from flax_vae.cli.clip import open_clip
+    from flax_vae.cli.model import read_config
+    from flax_vae.io.writer import write_image
+
+    config = read_config(str(checkpoints / "vae"))
+    for (height, width), said in (
+        ((130, 142), "130x142 (height x width), centre-cropped to 128x136, multiples of 8"),
+        ((128, 136), "128x136 (height x width), as it is"),
+        ((300, 400), "300x400 (height x width), scaled and cropped to 256x336, multiples of 8"),
+        ((5, 9), "5x9 (height x width), scaled and cropped to 8x8, multiples of 8"),
+    ):
+        write_image(tmp_path / "a.png", np.zeros((height, width, 3), np.uint8))
+        assert open_clip(tmp_path / "a.png", config, None, None).about == f"{tmp_path / 'a.png'}: {said}"
 
 
 @pytest.mark.parametrize(

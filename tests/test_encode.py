@@ -267,6 +267,7 @@ def test_a_folder_is_not_written_into_itself_nor_into_a_file(run, checkpoints, i
     assert "there is no folder" in err
 
 
+@pytest.mark.slow
 def test_lossy_tiles_change_frames_larger_than_a_tile(run, checkpoints, tmp_path):
     from flax_vae.io.writer import write_image
 

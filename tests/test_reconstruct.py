@@ -184,6 +184,16 @@ def test_the_sheet_does_not_replace_the_image_that_is_read(run, checkpoints, pix
     assert (tmp_path / "a_sheet.png").read_bytes() == before
 
 
+@pytest.mark.slow
+def test_tiles_that_a_frame_fits_in_change_nothing_and_that_is_measured(run, checkpoints, clip, tmp_path, small_pieces):
+    args = "--weights", checkpoints / "vae", "--frames", 9, "--lossy-tiles", "--measure-tiles"
+    code, out, _ = run("reconstruct", clip, tmp_path / "a.mp4", *args)
+    assert code == 0
+    assert "PSNR of lossy tiles against none, first 9 frames" in out
+    (measured,) = re.findall(r"first 9 frames\D*?([\d.]+|inf) dB", out)
+    assert float(measured) > 100
+
+
 @pytest.mark.parametrize("frames", [1, 63, 64, 65, 128, 129, 1000])
 def test_samples_of_a_clip_are_evenly_spaced_and_few_whatever_its_pieces(tmp_path, frames):
     from flax_vae.cli.frames import SAMPLES, Loss, losses

@@ -5,6 +5,7 @@ A plan is the number of latents of every chunk; `count` tells how many frames, o
 
 import dataclasses
 import gc
+import inspect
 import itertools
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from flax_vae.runtime import stream
 
 hypothesis = pytest.importorskip("hypothesis", reason="plans are drawn by hypothesis")
 given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
-pytestmark = pytest.mark.usefixtures("float64", "quick")
+pytestmark = pytest.mark.usefixtures("float64", "programs")
 
 LATENTS, FACTOR = 5, CONFIG.temporal_factor
 PLANS = (
@@ -37,11 +38,13 @@ PLANS = (
 
 
 @pytest.fixture(scope="module")
-def quick(quick_call):
-    """Has all streams compiled fast."""
+def programs():
+    """Has all streams compiled in half the time, to slow but equal code; gives what holds their programs."""
+    options = {"xla_backend_optimization_level": 0}
+    call = jax.jit(inspect.unwrap(stream._call), static_argnums=(0, 1), compiler_options=options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream, "_call", quick_call)
-        yield
+        patch.setattr(stream, "_call", call)
+        yield call
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +185,8 @@ save_tree(f"{folder}/frames.safetensors", frames)
 
 
 def test_another_process_goes_on_to_the_same_bits(vae, tmp_path, monkeypatch):
-    monkeypatch.setattr(stream, "_call", jax.jit(stream._call.__wrapped__, static_argnums=(0, 1)))  # as the other does
+    # Bits are those of a program: both processes are to have it compiled alike.
+    monkeypatch.setattr(stream, "_call", jax.jit(inspect.unwrap(stream._call), static_argnums=(0, 1)))
     code = coder(vae, "decode")
     vae.save_pretrained(tmp_path)
     begun = code.start(vae, code.chunks((1, 2)))
@@ -293,18 +297,18 @@ def test_streaming_leaves_no_state_on_the_model(code):
         assert all(a is b for a, b in zip(*map(jax.tree.leaves, (after[1], before)), strict=True))
 
 
-def test_programs_are_made_once_for_every_shape_of_chunk_and_shared(code, quick_call, randomized):
+def test_programs_are_made_once_for_every_shape_of_chunk_and_shared(code, programs, randomized):
     plans = [(1, 2, 1), (2, 1, 2), (1, 1)]
     wanted = [code.run(plan) for plan in plans]
-    made = quick_call._cache_size()
+    made = programs._cache_size()
     built_alike = cast(randomized(lambda rngs: CausalVideoVAE(CONFIG, rngs=rngs), seed=5), "float32")
     for vae in (code.vae, built_alike):
         streams = [code.start(vae, code.chunks(plan)) for plan in plans]
         results = [joined(results) for results in streams]
         assert all(np.array_equal(*pair) for pair in zip(results, wanted, strict=True)) == (vae is code.vae)
-    assert quick_call._cache_size() == made
+    assert programs._cache_size() == made
     next(code.start(code.vae, [chunk[:, :, :4] for chunk in code.chunks((1,))]))
-    assert quick_call._cache_size() == made + 1
+    assert programs._cache_size() == made + 1
 
 
 def aligned(shape):
@@ -359,31 +363,34 @@ def test_the_next_chunk_is_read_and_begun_before_a_result_is_given_and_no_more()
 
 
 def test_a_stream_holds_one_chunk_one_result_ahead_and_nothing_older():
-    alive: list[weakref.ref] = []
+    arrays: list[weakref.ref] = []
 
     def seen(array):
-        alive.append(weakref.ref(array))
+        arrays.append(weakref.ref(array))
         return array
 
     def count_alive():
         gc.collect()
-        return sum(ref() is not None for ref in alive)
+        return sum(ref() is not None for ref in arrays)
 
     def frames():
         for i in range(16):
-            if i and i % 4 == 1:  # the start of a chunk after another
-                assert count_alive() <= 1  # the result that waits to be given
+            if i % 4 == 1:  # of all chunks before, only the result that waits to be given is left
+                assert count_alive() <= 1
             yield np.full(3, i)
 
     def step(chunk, carry):
         assert count_alive() <= 1
         return seen(np.asarray(seen(chunk) + 1)), None
 
-    chunks = stream.fitted((seen(chunk[None]) for chunk in stream.cut(frames(), 4)), FACTOR, "pad")
+    def batch(frames):
+        return seen(frames)[None]
+
+    chunks = stream.fitted(map(batch, stream.cut(frames(), 4)), FACTOR, "pad")
     for result in stream.Stream(step, chunks):
         assert count_alive() <= 2
         del result
-    assert len(alive) == 15
+    assert len(arrays) == 15
 
 
 @pytest.mark.parametrize("error", [OSError("torn tape"), KeyboardInterrupt()], ids=["error", "interrupt"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flax_vae.io.video import probe, read_clip, read_frames
-from flax_vae.io.writer import VideoWriter
+from flax_vae.io.writer import VideoWriter, write_image
 
 av = pytest.importorskip("av", reason="video needs PyAV: pip install av")
 
@@ -148,6 +148,88 @@ def test_frames_is_a_limit_not_a_demand(tmp_path):
     path = encode(tmp_path / "clip.mp4", noise(5, 32, 48))
     assert len(read_clip(path, frames=2)) == 2
     assert len(read_clip(path, frames=9)) == 5
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv", "clip.avi"])
+def test_reading_goes_on_from_any_frame(tmp_path, name):
+    path = encode(tmp_path / name, noise(20, 48, 64), prepare=lambda stream: setattr(stream, "gop_size", 7))
+    whole = read_clip(path)
+    for start in (0, 1, 7, 13, 19):
+        assert np.array_equal(np.stack(list(read_frames(path, start=start))), whole[start:])
+        assert np.array_equal(np.stack(list(read_frames(path, frames=1, start=start))), whole[start : start + 1])
+    cropped = np.stack(list(read_frames(path, (46, 62), frames=4, start=9)))
+    assert np.array_equal(cropped, whole[9:13, 1:47, 1:63])
+    assert list(read_frames(path, start=20)) == list(read_frames(path, start=99)) == []
+
+
+def test_damage_is_counted_from_the_start_of_the_file_wherever_reading_starts(tmp_path):
+    path, seen = encode(tmp_path / "clip.mkv", noise(40, 48, 64)), []
+    shorten(path, path.stat().st_size // 2)
+    with pytest.raises(ValueError, match="damaged or cut short after") as caught:
+        seen.extend(read_frames(path, start=10))
+    assert f"after {len(seen) + 10} frames" in str(caught.value)
+
+
+@pytest.mark.parametrize("arguments", [{"start": -1}, {"frames": 0}, {"size": (0, 8)}, {"size": (8,)}])
+def test_reading_is_refused_at_once_for_what_makes_no_sense(tmp_path, arguments):
+    path = encode(tmp_path / "clip.mp4", noise(3, 32, 48))
+    with pytest.raises(ValueError, match="expected"):
+        read_frames(path, **arguments)
+
+
+def test_images_and_sound_are_told_from_clips_without(tmp_path):
+    assert probe(encode(tmp_path / "clip.mp4", noise(3, 32, 48))).sound == ()
+    image = encode(tmp_path / "image.png", noise(1, 32, 48), "png", "rgb24")
+    assert probe(image).is_image
+    assert not probe(tmp_path / "clip.mp4").is_image
+    with av.open(str(tmp_path / "both.mkv"), "w") as container:
+        video, *sounds = (container.add_stream(codec) for codec in ("libx264", "aac", "flac"))
+        video.height, video.width, video.pix_fmt = 32, 48, "yuv420p"
+        for pixels in noise(3, 32, 48):
+            container.mux(video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        for sound in sounds:
+            frame = av.AudioFrame.from_ndarray(np.zeros((2, 4608), np.float32), "fltp", "stereo")
+            frame.sample_rate = 48000
+            container.mux(sound.encode(frame))
+        for stream in (video, *sounds):
+            container.mux(stream.encode())
+    assert probe(tmp_path / "both.mkv").sound == ("aac", "flac")
+
+
+def test_an_image_is_written_exactly_and_takes_its_name_when_complete(tmp_path, monkeypatch):
+    (frame,) = noise(1, 33, 47)
+    write_image(tmp_path / "a.PNG", frame)
+    assert np.array_equal(read_clip(tmp_path / "a.PNG")[0], frame)
+    monkeypatch.setattr("os.replace", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_image(tmp_path / "a.PNG", frame[::-1])
+    assert [path.name for path in tmp_path.iterdir()] == ["a.PNG"]
+    assert np.array_equal(read_clip(tmp_path / "a.PNG")[0], frame)
+
+
+@pytest.mark.parametrize(
+    ("name", "frame", "message"),
+    [
+        ("a.jpg", noise(1, 8, 8)[0], "images are written as .png"),
+        ("a.png", noise(1, 8, 8), "expected uint8"),
+        ("a.png", noise(1, 8, 8)[0, :, :, :2], "expected uint8"),
+        ("a.png", noise(1, 8, 8)[0].astype(np.float32), "expected uint8"),
+    ],
+)
+def test_what_is_no_image_is_not_written(tmp_path, name, frame, message):
+    with pytest.raises(ValueError, match=message):
+        write_image(tmp_path / name, frame)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", [(16, 24), (32, 32), (48, 64)])
+def test_writing_the_same_frames_gives_the_same_bytes(tmp_path, size):
+    clip, written = noise(9, *size), set()
+    for _ in range(40):
+        with VideoWriter(tmp_path / "clip.mp4", 25, *size) as writer:
+            writer.write(clip)
+        written.add((tmp_path / "clip.mp4").read_bytes())
+    assert len(written) == 1
 
 
 @pytest.mark.parametrize("share", [0.9, 0.5])

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING
 
-from flax_vae.cli.run import PIECE
+if TYPE_CHECKING:
+    from flax_vae.runtime.stream import Compiled
 
-MOST = 4  # latents of a chunk; more are no faster, and up to one less than that many are computed for nothing
+if TYPE_CHECKING:
+    from flax_vae.runtime.stream import Compiled
+
+MOST = 4  # latents of a chunk, a power of two that divides those of a piece; more are no faster, and up to one less than that many are computed for nothing
 MOST_CLIPS = 16  # of a batch; on a CPU one alone is as fast
 Shape = tuple[int, ...]
 
@@ -18,36 +24,43 @@ def read_budget(memory: str | None) -> int | None:
     return None if memory is None else parse_bytes(memory)
 
 
-def chunk_latents(step: Callable, shape: Callable[[int], Shape], latents: int | None, budget: int | None) -> int:
-    """Chooses how many latents a chunk has, and says so; ValueError where not even one fits.
+def chunk_latents(step: Compiled, shape: Callable[[int], Shape], latents: int | None, budget: int | None) -> int:
+    """Chooses how many latents a chunk has; ValueError where not even one fits.
 
     `shape` gives the step's input for a chunk of so many latents, 0 standing for the first frame; `latents` is how many
     there will be in all, if known.
     """
-    import jax
-    import jax.numpy as jnp
-
-    from flax_vae.runtime import plan
-
-    def chunk(latents: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape(latents), jnp.float32)
-
     most = MOST
     while latents is not None and most // 2 >= max(latents - 1, 1):
         most //= 2
-    budget = plan.available_bytes() if budget is None else budget
-    return plan.largest(lambda n: plan.step_bytes(step, chunk(0), chunk(n)), budget, min(most, PIECE))
+    return fitting(lambda n: needed(step, shape, n if latents != 1 else None, 1), most, budget)
 
 
-def batch_clips(step: Callable, shape: Callable[[int], Shape], latents: int, clips: int, budget: int | None) -> int:
-    """Chooses how many clips of one shape, of `clips` that are left at most, are computed together."""
+def batch_clips(
+    step: Compiled, shape: Callable[[int], Shape], latents: int | None, clips: int, budget: int | None
+) -> int:
+    """Chooses how many clips of one shape, of `clips` that are left at most, are computed together.
+
+    `latents` is that of a chunk, None where there is none but the first frame.
+    """
+    return fitting(lambda n: needed(step, shape, latents, n), min(MOST_CLIPS, clips), budget)
+
+
+def fitting(bytes_of: Callable[[int], int], most: int, budget: int | None) -> int:
+    """Gives the largest number within the budget."""
+    from flax_vae.runtime import plan
+
+    return plan.largest(bytes_of, plan.available_bytes() if budget is None else budget, most)
+
+
+def needed(step: Compiled, shape: Callable[[int], Shape], latents: int | None, clips: int) -> int:
+    """Tells how many bytes so many clips in chunks of so many latents need."""
     import jax
     import jax.numpy as jnp
 
-    from flax_vae.runtime import plan
+    from flax_vae.runtime.plan import step_bytes
 
-    def chunks(n: int) -> list[jax.ShapeDtypeStruct]:
-        return [jax.ShapeDtypeStruct((n, *shape(size)[1:]), jnp.float32) for size in (0, latents)]
-
-    budget = plan.available_bytes() if budget is None else budget
-    return plan.largest(lambda n: plan.step_bytes(step, *chunks(n)), budget, min(MOST_CLIPS, clips))
+    first, *later = [
+        jax.ShapeDtypeStruct((clips, *shape(size)[1:]), jnp.float32) for size in (0, latents) if size is not None
+    ]
+    return step_bytes(step, first, *later)

@@ -113,7 +113,8 @@ class LatentPieces:
 
     def add(self, result: Any, chunk: Chunk) -> None:
         """Keeps the latents of a chunk that are no filling."""
-        self._parts.append(tuple(np.asarray(x)[:, : chunk.latents] for x in (result.mean, result.logvar)))
+        mean, logvar = (np.asarray(x)[:, : chunk.latents] for x in (result.mean, result.logvar))
+        self._parts.append((mean, logvar))
         self._frames += chunk.frames
 
     def finish(self, is_last: bool) -> None:

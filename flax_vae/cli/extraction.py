@@ -71,7 +71,8 @@ class Extraction:
         """Gives latents of a chunk and clips of a batch, for clips of one shape."""
         if shape not in self._batches:
             latents = chunk_latents(self.step, clip.shape, clip.expected_latents, self.budget)
-            self._batches[shape] = latents, batch_clips(self.step, clip.shape, latents, left, self.budget)
+            later = latents if clip.expected_latents != 1 else None
+            self._batches[shape] = latents, batch_clips(self.step, clip.shape, later, left, self.budget)
         return self._batches[shape]
 
     def encode_together(self, rows: list[Row]) -> None:

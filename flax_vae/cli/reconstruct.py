@@ -119,10 +119,12 @@ def sheet_of(target: Path) -> Path:
 
 def tiles_row(clip: Source, model: Model) -> tuple[str, str]:
     """Says how far the first frames in tiles are from those without, which takes the memory that tiles save."""
+    import jax.numpy as jnp
+
     from flax_vae.runtime.tile import LossyTiling, lossy_psnr
 
     chunks = itertools.islice(clip.chunks(1), 3)
-    frames = np.concatenate([chunk.data for chunk in chunks], axis=1)
+    frames = jnp.asarray(np.concatenate([chunk.data for chunk in chunks], axis=1))
     psnr = lossy_psnr(model.checkpoint, frames, LossyTiling(), clip.factor)
     return f"PSNR of lossy tiles against none, first {counted(frames.shape[1])}", f"{psnr:.2f} dB"
 

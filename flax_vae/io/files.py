@@ -15,12 +15,12 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # suffixes
 
 @contextmanager
 def replacing(path: PathLike) -> Iterator[Path]:
-    """Gives a temporary path beside `path`, same suffix; renamed to `path` at a clean exit, removed at any other.
+    """Gives a temporary path beside `path`; renamed to `path` at a clean exit, removed at any other.
 
-    Raises what `check_target` raises.
+    Its suffix is that of `path`, in small letters. Raises what `check_target` raises.
     """
     check_target(path)
-    part = Path(path).with_name(f".{uuid.uuid4().hex}{Path(path).suffix}")
+    part = Path(path).with_name(f".{uuid.uuid4().hex}{Path(path).suffix.lower()}")
     try:
         yield part
         os.replace(part, path)

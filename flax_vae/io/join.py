@@ -66,13 +66,14 @@ def _pictures(target, pieces: Sequence[Path], fps: Fraction) -> tuple[Timed, int
         raise ValueError(f"{', '.join(map(str, pieces))}: these pieces of video do not continue each other")
 
     def packets() -> Timed:
-        before, ahead = 0, None
+        before = 0
+        ahead: Any = None  # how long before it is shown a frame is decoded
         for piece, count in zip(pieces, counts, strict=True):
             with av.open(f"file:{piece}") as source:
                 for i, packet in enumerate(source.demux(source.streams.video[0])):
                     if packet.pts is not None:
                         tick = as_fraction(packet.time_base)
-                        ahead = packet.dts if ahead is None else ahead  # how long before it is shown a frame is decoded
+                        ahead = packet.dts if ahead is None else ahead
                         packet.dts = ahead + round(i / fps / tick)  # a piece of one or two frames has no such time
                         yield _moved(packet, out, before / fps)
             before += count

@@ -132,8 +132,8 @@ class Latents:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """Frames, height, width and channels of the latents."""
-        _, _, *size = self.shards[0].shape
-        return (sum(shard.shape[1] for shard in self.shards), *size)
+        _, _, height, width, channels = self.shards[0].shape
+        return sum(shard.shape[1] for shard in self.shards), height, width, channels
 
     @property
     def identity(self) -> str:

@@ -47,7 +47,7 @@ class Moments:
         if not self.count:
             return "none"
         mean = np.mean(self.mean)
-        std = np.sqrt(np.mean(np.square(self.std) + np.square(self.mean - mean)))
+        std = np.sqrt(np.mean(np.square(self.std) + np.square(np.subtract(self.mean, mean))))
         return f"{mean:.4f}, {std:.4f}"
 
 

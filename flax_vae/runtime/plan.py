@@ -22,11 +22,11 @@ HOST_SHARE = Fraction(1, 2)  # of a machine's memory: files, their cache and oth
 DEVICE_SHARE = Fraction(9, 10)  # of what the allocator may take: it cannot fill every gap
 
 # What a process on a CPU takes beyond its arrays, measured by encoding and decoding at 64 to 256 pixels. Convolutions
-# copy patches of their input: 10 to 25 % of all arrays. malloc keeps what is freed: up to 30 MiB a thread. Python, jax
-# and flax take 270 MiB, the compiler 160 MiB, the rest is for reading and writing video.
+# copy patches of their input: 10 to 25 % of all arrays. malloc keeps what is freed: up to 30 MiB a thread. Python and
+# its packages take 220 MiB, compiling up to 320 MiB, the rest is for reading and writing video.
 CPU_FACTOR = Fraction(5, 4)
 CPU_THREAD_BYTES = 32 * 2**20
-CPU_PROCESS_BYTES = 576 * 2**20
+CPU_PROCESS_BYTES = 704 * 2**20
 
 
 def available_bytes() -> int:
@@ -90,7 +90,7 @@ def format_bytes(size: int) -> str:
     return f"{round(size / UNITS[unit], 1):g} {unit}"
 
 
-def step_bytes(step: Compiled, first: jax.ShapeDtypeStruct, later: jax.ShapeDtypeStruct) -> int:
+def step_bytes(step: Compiled, first: jax.ShapeDtypeStruct, later: jax.ShapeDtypeStruct | None = None) -> int:
     """Tells how many bytes a stream takes once it is under way; nothing is run, and no array is made.
 
     The step is compiled for a later chunk: that counts its weights, chunk, carry, result and temporaries. Beside them a
@@ -99,8 +99,11 @@ def step_bytes(step: Compiled, first: jax.ShapeDtypeStruct, later: jax.ShapeDtyp
     Args:
       step: what `flax_vae.runtime.stream.compiled` gives, which will use what is compiled here.
       first: shape and dtype of the first chunk (B, T, H, W, C), which must not be larger than a later one.
-      later: those of all others.
+      later: those of all others; None where the first is the only one, as of an image.
     """
+    if later is None:
+        traced = step.trace(first, None)
+        return process_bytes(program_bytes(traced) + tree_bytes(first))
     if math.prod(first.shape) > math.prod(later.shape):
         raise ValueError(f"the first chunk {first.shape} must not be larger than a later one {later.shape}")
     _, carry = step.trace(first, None).out_info
@@ -110,8 +113,10 @@ def step_bytes(step: Compiled, first: jax.ShapeDtypeStruct, later: jax.ShapeDtyp
 
 
 def program_bytes(traced: jax.stages.Traced) -> int:
-    """Compiles a program and counts its arguments, results and temporaries."""
+    """Compiles a program and counts its arguments, results and temporaries; ValueError where jax does not tell."""
     memory = traced.lower().compile().memory_analysis()
+    if memory is None:
+        raise ValueError(f"what a program takes is not known on {jax.default_backend()}: it cannot be planned for")
     return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
 
 

@@ -28,7 +28,8 @@ def encode(vae: Any, chunks: Iterable[ArrayLike], carry: Any = None, frames: Fra
     Args:
       vae: a model with `encode_chunk` and a config with `temporal_factor`, such as `CausalVideoVAE`.
       chunks: (B, T, H, W, 3), pixels in [-1, 1]; T = 8k + 1 at the start of the stream and 8k later on, for a
-        temporal factor of 8. They are read as they are needed, at most one ahead of what is yielded.
+        temporal factor of 8. They are read as they are needed, at most one ahead of what is yielded; one and the same
+        numpy array may be filled anew for each.
       carry: None at the start of a stream, or the `carry` of a stream to go on from.
       frames: for a last chunk of another length: "error" raises ValueError, "pad" repeats its last frame, "trim"
         leaves out the frames that do not complete a latent.
