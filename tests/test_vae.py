@@ -249,7 +249,7 @@ def zeros(*shape, dtype="float64"):
 
 
 REFUSED = {
-    "8 frames": (lambda vae: vae.encode(zeros(1, 8, 8, 8, 3)), r"4k \+ 1 frames, got 8: use 5 or 9"),
+    "8 frames": (lambda vae: vae.encode(zeros(1, 8, 8, 8, 3)), r"4k \+ 1 frames, got 8; frames='pad'"),
     "no frames": (lambda vae: vae.encode(zeros(1, 0, 8, 8, 3)), r"none of them 0, got \(1, 0, 8, 8, 3\)"),
     "no rows": (lambda vae: vae.encode(zeros(1, 5, 0, 8, 3)), "none of them 0"),
     "no batch axis": (lambda vae: vae.encode(zeros(5, 8, 8, 3)), r"expected \(batch, frames, .*got \(5, 8, 8, 3\)"),

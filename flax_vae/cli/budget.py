@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from flax_vae.runtime.stream import Compiled
@@ -12,7 +11,9 @@ if TYPE_CHECKING:
 if TYPE_CHECKING:
     from flax_vae.runtime.stream import Compiled
 
-MOST = 4  # latents of a chunk, a power of two that divides those of a piece; more are no faster, and up to one less than that many are computed for nothing
+# Latents of a chunk: a power of two that divides those of a piece. More are no faster, and as many but one may be
+# computed for nothing at the end.
+MOST = 4
 MOST_CLIPS = 16  # of a batch; on a CPU one alone is as fast
 Shape = tuple[int, ...]
 

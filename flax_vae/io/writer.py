@@ -16,7 +16,9 @@ from flax_vae.io.files import PathLike, check_target, replacing
 from flax_vae.io.video import accurate
 
 SUFFIXES = (".mp4", ".mkv", ".mov")
-STEADY = 64  # pixels; in smaller frames x264's mbtree reads memory nobody wrote, so bytes differ from run to run
+# The same frames must always give the same bytes. With its macroblock tree x264 gives others in one run of some dozens,
+# as if it read memory nobody wrote; and it splits its work by the number of its threads, so that is not the machine's.
+STEADY = {"mbtree": "0", "threads": "4"}
 
 
 class VideoWriter:
@@ -47,8 +49,7 @@ class VideoWriter:
             self._stream: Any = self._container.add_stream("libx264rgb" if self.lossless else "libx264", rate=self.fps)
             self._stream.height, self._stream.width, _ = self.shape
             self._stream.pix_fmt = "rgb24" if self.lossless else "yuv420p"
-            quality = {"crf": "16", "mbtree": str(int(min(self.shape[:2]) >= STEADY))}
-            self._stream.options = {"qp": "0"} if self.lossless else quality
+            self._stream.options = {"qp": "0"} | STEADY if self.lossless else {"crf": "16"} | STEADY
             if not self.lossless:
                 codec = self._stream.codec_context
                 codec.colorspace = codec.color_primaries = codec.color_trc = codec.color_range = 1  # BT.709, limited
