@@ -14,6 +14,7 @@ from flax_vae.models.encoder import Encoder
 from flax_vae.models.posterior import DiagonalGaussian
 from flax_vae.models.scaling import LatentScaling
 from flax_vae.models.vae import CausalVideoVAE
+from flax_vae.runtime.tile import LossyTiles, LossyTiling
 
 __all__ = [
     "Attention",
@@ -28,6 +29,8 @@ __all__ = [
     "DownBlock",
     "Encoder",
     "LatentScaling",
+    "LossyTiles",
+    "LossyTiling",
     "MidBlock",
     "SpatialDownsample",
     "SpatialUpsample",

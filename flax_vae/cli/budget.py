@@ -8,9 +8,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from flax_vae.runtime.stream import Compiled
 
-if TYPE_CHECKING:
-    from flax_vae.runtime.stream import Compiled
-
 # Latents of a chunk: a power of two that divides those of a piece. More are no faster, and as many but one may be
 # computed for nothing at the end.
 MOST = 4
