@@ -29,9 +29,10 @@ SHOWN = 33  # frames that are reconstructed
 COLUMNS = ("", "largest difference", "relative", "error of Flax", "error of torch", "ratio")
 CLOSING = """
 Torch and Flax agree. The weights are random, not trained: the reconstruction has no more than traces of the clip.
-  {out}/torch_checkpoint       the checkpoint that torch wrote
-  {out}/checkpoint             the same weights, ported
-  {out}/bikes.mp4, bikes.png   the reconstruction, and input, output and difference side by side
+  {out}/torch_checkpoint   the checkpoint that torch wrote
+  {out}/checkpoint         the same weights, ported
+  {out}/bikes.mp4          the reconstruction
+  {out}/bikes_sheet.png    input, output and difference side by side
 
 With trained weights in the public layout (a folder, a file or a hub name):
   flax-vae port WEIGHTS my_vae
@@ -53,7 +54,7 @@ def run(out: Path) -> None:
         note(f"3/4  comparing torch and Flax on {FRAMES} frames of {HEIGHT}x{WIDTH}")
         agree(out / "torch_checkpoint", out / "checkpoint", to_float(read_clip(clip, (HEIGHT, WIDTH), FRAMES)))
         note(f"4/4  reconstructing {SHOWN} frames")
-        reconstruct(clip, out / "bikes.mp4", str(out / "checkpoint"), f"{HEIGHT}x{WIDTH}", SHOWN)
+        reconstruct(clip, out / "bikes.mp4", str(out / "checkpoint"), f"{HEIGHT}x{WIDTH}", SHOWN, resume=True)
     print(CLOSING.format(out=out))
 
 
@@ -102,7 +103,7 @@ def through_torch(model: torch_ref.CausalVideoVAE, clip: np.ndarray) -> dict[str
 
 def through_flax(checkpoint: str, clip: np.ndarray) -> dict[str, np.ndarray]:
     """Encodes and decodes a clip (T, H, W, 3) in float32; results are in torch's order."""
-    vae = load(checkpoint)
+    vae = load(checkpoint).checkpoint
     posterior, _ = compiled(vae.encode_chunk)(clip[None], None)
     video, _ = compiled(vae.decode_chunk)(posterior.mode(), None)
     return named(*(np.moveaxis(np.asarray(x, np.float64), -1, 1) for x in (posterior.mean, posterior.logvar, video)))
