@@ -67,7 +67,7 @@ def apart(a, b):
     return float(np.abs(a - b).max() / np.abs(b).max())
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(half=st.integers(0, 12), half_size=st.integers(1, 14), dtype=st.sampled_from(("float64", "float32")))
 @hypothesis.example(half=12, half_size=1, dtype="float64")
 @hypothesis.example(half=6, half_size=6, dtype="float64")
