@@ -9,7 +9,7 @@ demo: .venv/installed
 	$(python) -m flax_vae demo --out "$(OUT)"
 
 test: .venv/installed
-	$(python) -m pytest tests parity -n 2 --dist loadgroup -m "$(MARK)"
+	$(python) -m pytest tests parity -n 2 -m "$(MARK)"
 
 check: .venv/installed
 	$(python) -m ruff check .
@@ -17,7 +17,7 @@ check: .venv/installed
 	$(python) -m pyright
 
 parity: .venv/installed
-	$(python) -m pytest parity -n 2 --dist loadgroup -m "$(MARK)" --ledger parity-ledger.json
+	$(python) -m pytest parity -n 2 -m "$(MARK)" --ledger parity-ledger.json
 	$(python) -m parity.ledger parity-ledger.json docs/parity.md
 
 .venv/installed: pyproject.toml constraints.txt

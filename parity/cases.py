@@ -331,5 +331,5 @@ CASES = [
     tiled("one-column", "down", 22, 8),
     tiled("one", "down", 7, 8),
     tiled_whole("vae-tiles", SINGLE, (1, 3, 17, 23, 3), 8, 2, gradients=False),
-    whole("vae-full-335M", flax_vae.VAEConfig.full(), (1, 9, 32, 32, 3), slow=True, gradients=False, draws=1),
+    whole("vae-full-335M", flax_vae.VAEConfig.full(), (1, 9, 16, 24, 3), slow=True, gradients=False, draws=1),
 ]  # fmt: skip

@@ -154,7 +154,7 @@ def torch_layout(value: jax.Array) -> np.ndarray:
     return np.moveaxis(values, -1, 1) if values.ndim == 5 else values
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=1)
 def truth(case: Case, precision: str) -> tuple[list[Draw], list[Results]]:
     """Draws a row's inputs and weights, as `precision` holds them, and gives what torch makes of them in float64."""
     draws = [draw(case, precision, index) for index in range(case.draws)]

@@ -5,6 +5,8 @@ import json
 
 import pytest
 
+from tests.alone import alone  # noqa: F401
+
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}
 
 

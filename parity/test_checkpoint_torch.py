@@ -258,7 +258,7 @@ print(peak() - before)
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("large")
+@pytest.mark.large
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_full_model_in_a_torch_file_is_loaded_in_less_than_one_and_a_half_times_its_size(tmp_path):
     model = nnx.eval_shape(lambda: flax_vae.CausalVideoVAE(flax_vae.VAEConfig.full(), rngs=nnx.Rngs(0)))
@@ -279,7 +279,7 @@ def test_full_model_in_a_torch_file_is_loaded_in_less_than_one_and_a_half_times_
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("large")
+@pytest.mark.large
 def test_full_model_from_a_public_directory_computes_what_torchs_does(tmp_path):
     theirs = torch_ref.CausalVideoVAE.from_config(flax_vae.VAEConfig.full().to_dict()).eval()
     theirs.save_pretrained(tmp_path, max_shard_size=2**29)

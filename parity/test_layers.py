@@ -7,8 +7,16 @@ pytest.importorskip("torch", reason="parity compares with torch")
 from parity import compare
 from parity.cases import CASES, Case
 
-LARGE = [pytest.mark.slow, pytest.mark.xdist_group("large")]  # one at a time: two would not fit in memory
+LARGE = [pytest.mark.slow, pytest.mark.large]
 ROWS = [pytest.param(case, id=case.name, marks=LARGE if case.slow else []) for case in CASES]
+
+
+@pytest.fixture(autouse=True)
+def forgotten(request):
+    """Keeps no large row in memory for tests to come."""
+    yield
+    if request.node.get_closest_marker("large"):
+        compare.truth.cache_clear()
 
 
 def record(record_property, case: Case, dtype: str, ours, torchs=None) -> None:

@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from alone import alone  # noqa: F401
+
 if find_spec("beartype"):
     # Not config and posterior: a file fills the one's fields with anything, a tree map the other's.
     models = [f"flax_vae.models.{name}" for name in ("encoder", "decoder", "scaling", "vae")]

@@ -506,7 +506,7 @@ class Random:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("large")
+@pytest.mark.large
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_full_model_is_ported_in_less_than_one_and_a_half_times_its_size(tmp_path, dtype):
