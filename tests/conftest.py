@@ -16,9 +16,8 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from flax import nnx
-
 from alone import alone  # noqa: F401
+from flax import nnx
 
 if find_spec("beartype"):
     # Not config and posterior: a file fills the one's fields with anything, a tree map the other's.

@@ -301,6 +301,7 @@ def test_a_full_disk_ends_in_a_clear_error_and_nothing_half_written(
     assert code == 2 or size > biggest
     if code:
         assert "File too large" in err
+        assert str(folder / f".{name}.part") in err
         assert not [path for path in contents(folder) if not path.startswith(".a")]
         assert ("--resume" in err) == (folder / f".{name}.part" / "progress.safetensors").exists()
         assert run(command, clip, folder / name, *args, "--resume")[0] == 0

@@ -17,13 +17,18 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # suffixes
 def replacing(path: PathLike) -> Iterator[Path]:
     """Gives a temporary path beside `path`; renamed to `path` at a clean exit, removed at any other.
 
-    Its suffix is that of `path`, in small letters. Raises what `check_target` raises.
+    Its suffix is that of `path`, in small letters. Raises what `check_target` raises; an error of the system that names
+    no file, such as of a full disk, gets the name of `path`.
     """
     check_target(path)
     part = Path(path).with_name(f".{uuid.uuid4().hex}{Path(path).suffix.lower()}")
     try:
         yield part
         os.replace(part, path)
+    except OSError as error:
+        if error.filename is None:
+            error.filename = os.fspath(path)
+        raise
     finally:
         part.unlink(missing_ok=True)
 

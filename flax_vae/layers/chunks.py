@@ -52,6 +52,13 @@ def _join(first, rest):
     return jnp.concatenate([first, rest.reshape(rest.shape[0], -1, *rest.shape[3:])], axis=1)
 
 
+def checked_chunk(size: int, factor: int) -> int:
+    """Gives the size of a chunk; ValueError unless whole latents come of so many frames."""
+    if size < 1 or size % factor:
+        raise ValueError(f"chunk={size}: expected a multiple of {factor}, at least {factor}")
+    return size
+
+
 def fit_frames(x: ArrayLike, frames: int) -> Array:
     """Cuts (B, T, ...) to its first `frames` frames, or repeats its last one until there are so many."""
     x = jnp.asarray(x)[:, :frames]

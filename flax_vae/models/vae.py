@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from flax_vae.io import checkpoint, port
-from flax_vae.layers.chunks import fit_frames, in_chunks
+from flax_vae.layers.chunks import checked_chunk, fit_frames, in_chunks
 from flax_vae.layers.conv import CausalConv3d
 from flax_vae.layers.geometry import FramePolicy, fitted_frames
 from flax_vae.models.config import VAEConfig
@@ -85,7 +85,7 @@ class CausalVideoVAE(nnx.Module):
         video = fit_frames(video, fitted_frames(video.shape[1], self.config.temporal_factor, frames))
         if chunk is None:
             return self.encode_chunk(video)[0]
-        check_chunk(chunk, self.config.temporal_factor)
+        chunk = checked_chunk(chunk, self.config.temporal_factor)
         return in_chunks(self, CausalVideoVAE.encode_chunk, video, chunk)
 
     def decode(self, latents: Latents, chunk: int | None = None) -> Video:
@@ -97,8 +97,7 @@ class CausalVideoVAE(nnx.Module):
         check_video(latents, self.config.latent_channels)
         if chunk is None:
             return self.decode_chunk(latents)[0]
-        check_chunk(chunk, 1)
-        return in_chunks(self, CausalVideoVAE.decode_chunk, latents, chunk)
+        return in_chunks(self, CausalVideoVAE.decode_chunk, latents, checked_chunk(chunk, 1))
 
     def encode_chunk(self, x: Video, carry=None) -> tuple[DiagonalGaussian, object]:
         """Encodes the next frames of a stream; `carry` is None at its start, later what the last call returned.
@@ -121,12 +120,6 @@ class CausalVideoVAE(nnx.Module):
         check_video(z, self.config.latent_channels)
         z, _ = self.post_quant_conv(jnp.asarray(z, self.dtype), ())
         return self.decoder(z, carry)
-
-
-def check_chunk(chunk: int, factor: int) -> None:
-    """Raises ValueError unless whole latents come of chunks of this size."""
-    if chunk < 1 or chunk % factor:
-        raise ValueError(f"chunk={chunk}: expected a multiple of {factor}, at least {factor}")
 
 
 def check_video(x: Array, channels: int) -> None:

@@ -20,7 +20,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from flax_vae.io.picture import psnr
-from flax_vae.layers.chunks import in_chunks
+from flax_vae.layers.chunks import checked_chunk, in_chunks
 from flax_vae.layers.conv import Clip, wide_dtype
 from flax_vae.layers.geometry import FramePolicy
 from flax_vae.runtime.stream import compiled
@@ -205,13 +205,13 @@ class LossyTiles(nnx.Module):
     def encode(self, video: Clip, chunk: int | None = None, frames: FramePolicy = "error") -> Any:
         """Gives the distribution of latents of (B, T, H, W, 3), as the model's `encode` does."""
         factor, vae = self.config.temporal_factor, nnx.clone(self.vae)
-        vae.encoder.chunk = whole_latents(chunk, factor) if chunk is not None else factor * video.shape[1]
+        vae.encoder.chunk = factor * video.shape[1] if chunk is None else checked_chunk(chunk, factor)
         return vae.encode(video, frames=frames)
 
     def decode(self, latents: Clip, chunk: int | None = None) -> Clip:
         """Gives the video of latents (B, t, h, w, z), as the model's `decode` does."""
         vae = nnx.clone(self.vae)
-        vae.decoder.chunk = whole_latents(chunk, 1) if chunk is not None else latents.shape[1]
+        vae.decoder.chunk = latents.shape[1] if chunk is None else checked_chunk(chunk, 1)
         return vae.decode(latents)
 
     def encode_chunk(self, x: Clip, carry: Any = None) -> tuple[Any, Any]:
@@ -221,13 +221,6 @@ class LossyTiles(nnx.Module):
     def decode_chunk(self, z: Clip, carry: Any = None) -> tuple[Clip, Any]:
         """Decodes the next latents of a stream, as the model's `decode_chunk` does."""
         return self.vae.decode_chunk(z, carry)
-
-
-def whole_latents(chunk: int, factor: int) -> int:
-    """Gives `chunk`; ValueError unless whole latents come of so many frames."""
-    if chunk < 1 or chunk % factor:
-        raise ValueError(f"chunk={chunk}: expected a multiple of {factor}, at least {factor}")
-    return chunk
 
 
 def lossy_psnr(vae: Any, video: Clip, tiling: LossyTiling = LossyTiling(), chunk: int | None = None) -> float:

@@ -1,0 +1,78 @@
+"""The memory of a gradient, plain, with remat, and in chunks, as the compiler tells it; nothing is run.
+
+`python -m benchmarks.gradient --config small --frames 17 --size 64` prints a table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from benchmarks.subjects import Preset, config, machine
+from flax_vae import CausalVideoVAE
+from flax_vae.runtime.plan import tree_bytes
+
+# XLA's CPU backend moves what remat computes a second time to where it is computed first, unless this pass is left out.
+OPTIONS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+NOTES = """
+- scratch: the temporaries of the program, from XLA's memory_analysis(), beside weights and gradients ({weights} MiB).
+- ratio: to that of the plain gradient, of a clip as a whole.
+- The gradient is that of the mean squared error through encoder and decoder, by every weight.
+"""
+
+
+def scratch_bytes(preset: Preset, frames: int, size: int, chunk: int | None, remat: bool) -> int:
+    """Compiles the gradient, and gives the bytes of its temporaries."""
+    settings = dataclasses.replace(config(preset), remat=remat)
+    vae = nnx.eval_shape(lambda: CausalVideoVAE(settings, rngs=nnx.Rngs(0)))
+    vae.eval()
+    structure, parameters, rest = nnx.split(vae, nnx.Param, ...)
+
+    def loss(parameters, rest, video):
+        vae = nnx.merge(structure, parameters, rest)
+        latents = vae.encode(video, chunk).mode()
+        return jnp.square(vae.decode(latents, chunk and chunk // settings.temporal_factor) - video).mean()
+
+    video = jax.ShapeDtypeStruct((1, frames, size, size, 3), jnp.float32)
+    program = jax.jit(jax.grad(loss)).lower(parameters, rest, video).compile(OPTIONS)
+    return program.memory_analysis().temp_size_in_bytes
+
+
+def main(config: Preset = "tiny", frames: int = 17, size: int = 64, chunks: tuple[int, ...] = (8, 16)) -> None:
+    """Print the memory of a gradient, plain, with remat, and in chunks.
+
+    Args:
+        config: preset of the model: tiny, small or full.
+        frames: of the clip, 8k + 1.
+        size: height and width in pixels.
+        chunks: frames at a time, multiples of 8.
+    """
+    print(f"# Memory of a gradient, {config} model, {frames} frames of {size}x{size}, in MiB\n\n{machine()}\n")
+    print("| | scratch | ratio |\n|---|---:|---:|", flush=True)
+    ways = {"plain": (None, False), "remat": (None, True)}
+    ways |= {f"chunks of {chunk} frames": (chunk, False) for chunk in chunks if chunk < frames}
+    ways |= {f"chunks of {chunk} frames, remat": (chunk, True) for chunk in chunks if chunk < frames}
+    plain = 0
+    for name, way in ways.items():
+        scratch = scratch_bytes(config, frames, size, *way)
+        plain = plain or scratch
+        print(f"| {name} | {scratch / 2**20:,.0f} | {scratch / plain:.2f} |", flush=True)
+    print(NOTES.format(weights=f"{2 * weights_bytes(config) / 2**20:,.0f}"))
+
+
+def weights_bytes(preset: Preset) -> int:
+    """Counts the bytes of a model's weights."""
+    vae = nnx.eval_shape(lambda: CausalVideoVAE(config(preset), rngs=nnx.Rngs(0)))
+    return tree_bytes(nnx.state(vae, nnx.Param))
+
+
+if __name__ == "__main__":
+    import tyro
+
+    tyro.cli(main)
