@@ -35,6 +35,7 @@ class Case:
     call_torch: Callable[[Any, torch.Tensor], Outputs]
     tolerance: float = LAYER_TOLERANCE
     slow: bool = False
+    large: bool = False  # takes several GiB
     gradients: bool = True
     draws: int = 3
 
@@ -217,6 +218,7 @@ SHALLOW = flax_vae.VAEConfig(
     encoder_temporal_down_sample=(False, True), decoder_temporal_up_sample=(False, True),
     encoder_block_dropout=(0.0,) * 2, decoder_block_dropout=(0.0,) * 2,
 )  # fmt: skip
+FULL = flax_vae.VAEConfig.full()
 SINGLE = flax_vae.VAEConfig(
     encoder_out_channels=3, decoder_in_channels=3, encoder_norm_num_groups=2, decoder_norm_num_groups=2,
     encoder_block_out_channels=(6,), decoder_block_out_channels=(4,),
@@ -331,5 +333,5 @@ CASES = [
     tiled("one-column", "down", 22, 8),
     tiled("one", "down", 7, 8),
     tiled_whole("vae-tiles", SINGLE, (1, 3, 17, 23, 3), 8, 2, gradients=False),
-    whole("vae-full-335M", flax_vae.VAEConfig.full(), (1, 9, 16, 24, 3), slow=True, gradients=False, draws=1),
+    whole("vae-full-335M", FULL, (1, 9, 16, 24, 3), slow=True, large=True, gradients=False, draws=1),
 ]  # fmt: skip

@@ -7,8 +7,13 @@ pytest.importorskip("torch", reason="parity compares with torch")
 from parity import compare
 from parity.cases import CASES, Case
 
-LARGE = [pytest.mark.slow, pytest.mark.large]
-ROWS = [pytest.param(case, id=case.name, marks=LARGE if case.slow else []) for case in CASES]
+
+def marks(case: Case) -> list:
+    """Gives the marks of a row's tests."""
+    return [pytest.mark.slow] * case.slow + [pytest.mark.large] * case.large
+
+
+ROWS = [pytest.param(case, id=case.name, marks=marks(case)) for case in CASES]
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,7 @@ def replacing(path: PathLike) -> Iterator[Path]:
         yield part
         os.replace(part, path)
     except OSError as error:
-        if error.filename is None:
+        if error.errno and error.filename is None:
             error.filename = os.fspath(path)
         raise
     finally:

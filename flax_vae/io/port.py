@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import DTypeLike
 
 from flax_vae.io.weights import DTYPES, Arrays, Spec, Tensors
-from flax_vae.layers.conv import Conv3d
+from flax_vae.layers.conv import Conv3d, FrameConv
 from flax_vae.layers.norm import CausalGroupNorm
 
 
@@ -28,6 +28,7 @@ class Rule(NamedTuple):
 
 RULES: dict[type, dict[str, Rule]] = {
     Conv3d: {"kernel": Rule("weight", (4, 3, 0, 1, 2)), "bias": Rule("bias", (0,))},
+    FrameConv: {"kernel": Rule("weight", (3, 2, 0, 1)), "bias": Rule("bias", (0,))},
     nnx.Linear: {"kernel": Rule("weight", (1, 0)), "bias": Rule("bias", (0,))},
     CausalGroupNorm: {"scale": Rule("weight", (0,)), "bias": Rule("bias", (0,))},
 }

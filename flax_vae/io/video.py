@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -68,6 +69,62 @@ def read_frames(
 def read_clip(path: PathLike, size: Size | None = None, frames: int | None = None) -> np.ndarray:
     """Reads what `read_frames` yields into one uint8 (T, H, W, 3) array."""
     return np.stack(list(read_frames(path, size, frames)))
+
+
+def draw_frames(
+    path: PathLike,
+    frames: int,
+    size: Size,
+    moment: float = 0.0,
+    place: tuple[float, float] = (0.5, 0.5),
+    fps: Fraction | float | None = None,
+) -> np.ndarray:
+    """Reads `frames` frames from anywhere in a clip, as uint8 (T, H, W, 3), upright.
+
+    `moment` is 0 for the first frames, near 1 for the last ones; with `fps` those are taken that a viewer would see at
+    so many a second, without every one in a row. Frames are scaled to cover `size` = (height, width) and cropped at
+    `place`, (0, 0) for what is at the top left, (1, 1) for the bottom right. Raises ValueError for a clip that is
+    damaged there, or has not so many frames.
+    """
+    _check_source(path)
+    with _open(path) as (container, stream):
+        rate = _rate(stream)
+        pace = max(rate / Fraction(fps or rate), Fraction(1))  # frames of the clip for one that is drawn
+        span = math.floor((frames - 1) * pace) + 1
+        count = 1 if _is_image(container) else _frame_count(container, stream)
+        if count < span:
+            raise ValueError(f"{path}: has {count} frames, and {span} are needed for {frames} at this rate")
+        first = min(math.floor(moment * (count - span + 1)), count - span)
+        if first:
+            start = (stream.start_time or 0) + round(first / rate / as_fraction(stream.time_base))
+            container.seek(start, stream=stream)
+        wanted = [first + math.floor(i * pace) for i in range(frames)]
+        drawn: list[np.ndarray] = []
+        for number, frame in _numbered(path, container, stream, rate):
+            while len(drawn) < frames and number >= wanted[len(drawn)]:
+                drawn.append(_upright_pixels(frame, size, place))
+            if len(drawn) == frames:
+                return np.stack(drawn)
+        raise ValueError(f"{path}: damaged or cut short, {len(drawn)} of the frames from {first} on can be read")
+
+
+def _numbered(path, container, stream, rate):
+    """Yields decoded frames, after a seek too, with their places in the clip, by their times."""
+    begin, tick = stream.start_time or 0, as_fraction(stream.time_base)
+    for number, frame in enumerate(_decode(path, container, stream)):
+        yield (number if frame.pts is None else round((frame.pts - begin) * tick * rate)), frame
+
+
+def _frame_count(container, stream):
+    """Counts the frames: as stated, or by the stated length, or by reading through the file."""
+    if stream.frames:
+        return stream.frames
+    stated = _stated_end(container, stream)
+    if stated is not None:
+        return math.floor(stated * _rate(stream))
+    count = sum(packet.size > 0 for packet in container.demux(stream))
+    container.seek(0)
+    return count
 
 
 def accurate():
@@ -172,7 +229,7 @@ def _upright_size(frame):
     return (frame.width, frame.height) if _quarters(frame) % 2 else (frame.height, frame.width)
 
 
-def _upright_pixels(frame, size):
+def _upright_pixels(frame, size, place=(0.5, 0.5)):
     height, width = _upright_size(frame)
     scale = max(size[0] / height, size[1] / width)
     if is_only_cropped((height, width), size):
@@ -180,7 +237,7 @@ def _upright_pixels(frame, size):
     height, width = max(size[0], round(height * scale)), max(size[1], round(width * scale))
     stored = (width, height) if _quarters(frame) % 2 else (height, width)
     picture = frame.reformat(height=stored[0], width=stored[1], format="rgb24", interpolation=accurate())
-    top, left = (height - size[0]) // 2, (width - size[1]) // 2
+    top, left = (int(at * (have - want)) for at, have, want in zip(place, (height, width), size, strict=True))
     pixels = np.rot90(picture.to_ndarray(), _quarters(frame))
     return np.ascontiguousarray(pixels[top : top + size[0], left : left + size[1]])
 

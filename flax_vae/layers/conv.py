@@ -71,9 +71,10 @@ class Conv3d(nnx.Module):
 
     def convolve(self, x: Clip, padding: Padding) -> Clip:
         """Convolves with the given padding of time, height and width; too few frames give no frame."""
+        kernel = self.kernel[...]
         y = jax.lax.conv_general_dilated(
             x,
-            self.kernel[...],
+            kernel.reshape(*self.kernel_size, *kernel.shape[-2:]),
             window_strides=self.stride,
             padding=padding,
             rhs_dilation=self.dilation,
@@ -81,6 +82,27 @@ class Conv3d(nnx.Module):
             feature_group_count=self.groups,
         )
         return y if self.bias is None else add_bias(y, self.bias[...])
+
+
+class FrameConv(Conv3d):
+    """Convolves every frame by itself, with zeros around it, as torch's Conv2d does on images.
+
+    Holds `kernel` (height, width, in, out) and `bias` (out). Raises ValueError for a kernel or stride of less than 1.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int = 0,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        sizes = (1, kernel_size, kernel_size), (1, stride, stride), (0, padding, padding)
+        super().__init__(in_channels, out_channels, *sizes, rngs=rngs)
+        self.kernel = nnx.Param(self.kernel[0])
 
 
 class CausalConv3d(nnx.Module):

@@ -22,9 +22,9 @@ HOST_SHARE = Fraction(1, 2)  # of a machine's memory: files, their cache and oth
 DEVICE_SHARE = Fraction(9, 10)  # of what the allocator may take: it cannot fill every gap
 
 # What a process on a CPU takes beyond its arrays, measured by encoding and decoding at 64 to 256 pixels. Convolutions
-# copy patches of their input: 10 to 25 % of all arrays. malloc keeps what is freed: up to 30 MiB a thread. Python and
+# copy patches of their input: 10 to 40 % of all arrays. malloc keeps what is freed: up to 30 MiB a thread. Python and
 # its packages take 220 MiB, compiling up to 320 MiB, the rest is for reading and writing video.
-CPU_FACTOR = Fraction(5, 4)
+CPU_FACTOR = Fraction(7, 5)
 CPU_THREAD_BYTES = 32 * 2**20
 CPU_PROCESS_BYTES = 704 * 2**20
 

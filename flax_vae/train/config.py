@@ -1,0 +1,135 @@
+"""Everything that a training run is decided by, and the presets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+Gans = Literal["none", "frames", "causal"]
+Regularizers = Literal["none", "r1", "lecam"]
+Precision = Literal["float32", "bfloat16"]
+Model = Literal["tiny", "small", "full"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is drawn from the data: clips and images, at random places and moments."""
+
+    frames: int = 17
+    """frames of a clip, 8k + 1"""
+    size: int = 256
+    """height and width in pixels, a multiple of 8: a clip is scaled to cover it, and cropped"""
+    fps: float | None = None
+    """frames per second of the clips drawn; None takes every frame"""
+    batch: int = 8
+    """clips of a batch"""
+    images: float = 0.1
+    """share of the batches that are images"""
+    image_batch: int = 64
+    """images of a batch"""
+    flip: bool = True
+    """mirror every second clip"""
+    workers: int = 0
+    """processes that read; 0 reads in threads"""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the terms of the reconstruction loss."""
+
+    l1: float = 0.0
+    """mean absolute error"""
+    mse: float = 10.0
+    """mean squared error"""
+    lpips: float = 1.0
+    """perceptual distance, on VGG16"""
+    kl: float = 1e-12
+    """divergence of the posterior, summed over a clip's latents, averaged over channels"""
+    lpips_frames: int = 16
+    """frames at a time through VGG16; fewer take less memory"""
+
+
+@dataclass(frozen=True)
+class GanConfig:
+    """The discriminator, and how much of its judgement counts."""
+
+    kind: Gans = "frames"
+    """what it judges: frames, each by itself, or clips, in causal convolutions"""
+    start: int = 0
+    """the step from which on it takes part"""
+    weight: float = 0.5
+    """share of the adaptive weight, which makes its gradient at the last layer as long as the reconstruction's"""
+    regularizer: Regularizers = "none"
+    """r1 keeps its gradient at clips short, lecam its logits close to each other"""
+    regularizer_weight: float = 1.0
+    """weight of the regularizer"""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with warm-up and cosine decay, of the VAE and of the discriminator."""
+
+    learning_rate: float = 1e-4
+    """after the warm-up"""
+    final_learning_rate: float = 1e-5
+    """at the last step"""
+    warmup: int = 2000
+    """steps over which the learning rate rises from 0"""
+    beta1: float = 0.9
+    beta2: float = 0.999
+    weight_decay: float = 1e-3
+    """of kernels, not of biases and norm scales"""
+    clip: float = 1.0
+    """length at which gradients are cut"""
+    accumulate: int = 1
+    """batches whose gradients are averaged for a step of the optimizer"""
+    ema: float = 0.999
+    """share that the moving average of the weights keeps at each step"""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run; a run of the same config, data and seed is the same run."""
+
+    model: Model = "full"
+    """preset of the model"""
+    init: str | None = None
+    """checkpoint to start from, in place of random weights"""
+    steps: int = 100_000
+    """batches to train on"""
+    seed: int = 0
+    """of weights, data and noise"""
+    precision: Precision = "bfloat16"
+    """what is computed in; weights are float32"""
+    remat: bool = True
+    """compute activations a second time for the gradient, and save their memory"""
+    chunk: int | None = None
+    """frames to compute at a time, a multiple of 8, with the gradients of the whole; None takes the clip as a whole"""
+    save_every: int = 1000
+    """steps from one checkpoint to the next"""
+    keep: int = 3
+    """checkpoints to keep beside the best"""
+    picture_every: int = 500
+    """steps from one picture to the next"""
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    gan: GanConfig = field(default_factory=GanConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+STAGE1 = TrainConfig()
+PRESETS = {
+    "tiny": TrainConfig(
+        model="tiny",
+        steps=2000,
+        precision="float32",
+        remat=False,
+        save_every=200,
+        picture_every=200,
+        data=DataConfig(frames=9, size=64, batch=4, image_batch=16),
+        gan=GanConfig(kind="none"),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup=100),
+    ),
+    "stage1": STAGE1,
+    "stage2": replace(STAGE1, data=replace(STAGE1.data, frames=57, batch=4, images=0.0), chunk=None),
+}

@@ -1,0 +1,86 @@
+"""Batches of clips and images, drawn at random and always the same for a seed: B batch, T frames, H W pixels, uint8.
+
+A batch is determined by the seed and its number alone, whatever reads it: a run that goes on at batch n reads n first,
+and any number of workers gives the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from flax_vae.io.manifest import Entry
+from flax_vae.io.video import draw_frames
+from flax_vae.train.config import DataConfig
+
+TRIES = 64  # broken clips in a row after which it is the data set that is broken
+FAILURES = (ValueError, OSError)
+
+
+def batches(
+    entries: Sequence[Entry], config: DataConfig, seed: int, start: int = 0, broken: Path | None = None
+) -> Iterator[np.ndarray]:
+    """Yields batches (B, T, H, W, 3) without end, from number `start` on; T is 1 for images.
+
+    Where there are no images, they are frames of the videos. A clip that cannot be read, or is too short, is replaced
+    by another one and noted in the file `broken`, a line a clip, once a process. Raises ValueError where there is no
+    video to draw from, and when `TRIES` clips in a row cannot be read.
+    """
+    import grain
+
+    videos = [entry for entry in entries if entry.kind == "video"]
+    images = [entry for entry in entries if entry.kind == "image"] or videos
+    if not videos and config.images < 1:
+        raise ValueError("there are images alone: give videos too, or train on images with --data.images 1")
+
+    def drawn(kind: Sequence[Entry], frames: int, batch: int, number: int):
+        draw = Draw(kind, config, frames, broken)
+        return grain.MapDataset.source(list(kind)).seed(seed + number).shuffle().repeat().random_map(draw).batch(batch)
+
+    parts = [(drawn(videos, config.frames, config.batch, 0), 1 - config.images)] if config.images < 1 else []
+    parts += [(drawn(images, 1, config.image_batch, 1), config.images)] if config.images > 0 else []
+    datasets, weights = zip(*parts, strict=True)
+    mixed = grain.MapDataset.mix(datasets, weights)[start:]
+    threads = 0 if config.workers else max(os.cpu_count() or 1, 2)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    ordered = mixed.to_iter_dataset(options)
+    if config.workers:
+        ordered = ordered.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=2)
+        )
+    return iter(ordered)
+
+
+class Draw:
+    """Draws frames of a clip: from a random moment on, at a random place, mirrored every second time."""
+
+    def __init__(self, entries: Sequence[Entry], config: DataConfig, frames: int, broken: Path | None):
+        self.entries, self.config, self.frames, self.broken = entries, config, frames, broken
+        self._noted: set[Path] = set()
+
+    def __call__(self, entry: Entry, rng: np.random.Generator) -> np.ndarray:
+        for _ in range(TRIES):
+            try:
+                return self._drawn(entry.path, rng)
+            except FAILURES as error:
+                self._note(entry, error)
+                entry = self.entries[rng.integers(len(self.entries))]
+        raise ValueError(f"{TRIES} clips in a row cannot be read; the last one: {entry.path}")
+
+    def _drawn(self, path: Path, rng: np.random.Generator) -> np.ndarray:
+        moment, down, across, mirrored = rng.random(4)
+        size, fps = (self.config.size, self.config.size), self.config.fps
+        frames = draw_frames(path, self.frames, size, moment, (down, across), fps)
+        return frames[:, :, ::-1] if self.config.flip and mirrored < 0.5 else frames
+
+    def _note(self, entry: Entry, error: Exception) -> None:
+        if self.broken is None or entry.path in self._noted:
+            return
+        self._noted.add(entry.path)
+        line = json.dumps({entry.kind: str(entry.path), "error": str(error)}) + "\n"
+        with open(self.broken, "ab", buffering=0) as file:  # in one piece: several processes write it
+            file.write(line.encode())

@@ -1,0 +1,89 @@
+"""Discriminators, which tell patches of clips from those of reconstructions: B batch, T frames, H W pixels, C channels.
+
+Both give logits (B, T', H', W', 1), high for what looks like a clip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from flax_vae.layers.conv import CausalConv3d, Clip, FrameConv, wide_dtype
+from flax_vae.layers.norm import CausalGroupNorm
+
+WIDTHS = (64, 128, 256, 512)
+
+
+class PatchDiscriminator(nnx.Module):
+    """Judges patches of every frame by itself (Isola et al. 2017); the public training's, whose keys it has.
+
+    Convolutions 4x4, one for each of the `widths`, with stride 2 but for the last, and one to a logit; an instance norm
+    after all but the first and last.
+    """
+
+    def __init__(self, widths: Sequence[int] = WIDTHS, *, rngs: nnx.Rngs):
+        layers: list[nnx.Module] = [FrameConv(3, widths[0], 4, 2, 1, rngs=rngs), LeakyRelu()]
+        for i, pair in enumerate(pairwise(widths), 2):
+            stride = 1 if i == len(widths) else 2
+            layers += [FrameConv(*pair, 4, stride, 1, rngs=rngs), InstanceNorm(), LeakyRelu()]
+        self.main = nnx.List([*layers, FrameConv(widths[-1], 1, 4, 1, 1, rngs=rngs)])
+
+    def __call__(self, x: Clip) -> Clip:
+        """Judges (B, T, H, W, 3), pixels in [-1, 1]; ValueError for frames that are too small."""
+        for layer in self.main:
+            x = layer(x)
+        return x
+
+
+class CausalPatchDiscriminator(nnx.Module):
+    """Judges patches of space and time; no logit sees a later frame.
+
+    Causal convolutions 3x3x3, one for each of the `widths` and one to a logit: all but the last of the widths halve
+    height and width, all of those but the first also time. A norm of each frame after all but the first and last.
+    """
+
+    def __init__(self, widths: Sequence[int] = WIDTHS, num_groups: int = 32, *, rngs: nnx.Rngs):
+        pairs = list(pairwise(widths))
+        strides = [2] * (len(pairs) - 1) + [1]
+        self.conv_in = CausalConv3d(3, widths[0], 3, (1, 2, 2), rngs=rngs)
+        self.convs = nnx.List(
+            CausalConv3d(*pair, 3, (stride,) * 3, rngs=rngs) for pair, stride in zip(pairs, strides, strict=True)
+        )
+        self.norms = nnx.List(CausalGroupNorm(num_groups, width, rngs=rngs) for _, width in pairs)
+        self.conv_out = CausalConv3d(widths[-1], 1, 3, rngs=rngs)
+
+    def __call__(self, x: Clip) -> Clip:
+        """Judges (B, T, H, W, 3), pixels in [-1, 1]."""
+        x = leaky_relu(self.conv_in(x)[0])
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = leaky_relu(norm(conv(x)[0]))
+        return self.conv_out(x)[0]
+
+
+class LeakyRelu(nnx.Module):
+    """Applies `leaky_relu`; a module only because the public checkpoints count it among the layers."""
+
+    def __call__(self, x: Clip) -> Array:
+        """Keeps the shape."""
+        return leaky_relu(x)
+
+
+class InstanceNorm(nnx.Module):
+    """Brings every channel of every frame to mean 0 and variance 1; eps 1e-5, no parameters."""
+
+    def __call__(self, x: Clip) -> Array:
+        """Keeps the shape (B, T, H, W, C)."""
+        wide = x.astype(wide_dtype(x))
+        centred = wide - wide.mean(axis=(2, 3), keepdims=True)
+        variance = jnp.square(centred).mean(axis=(2, 3), keepdims=True)
+        return (centred * jax.lax.rsqrt(variance + 1e-5)).astype(x.dtype)
+
+
+def leaky_relu(x: Clip) -> Array:
+    """Gives x, or a fifth of it where it is negative."""
+    return jax.nn.leaky_relu(x, 0.2)

@@ -1,0 +1,71 @@
+"""What training minimises, a function a term: B batch, T frames, H W pixels, C channels; logits of any shape.
+
+Each gives one number, in float32 or better. The terms, their weights and their reductions are those of the public
+training; R1 and LeCam are additions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from flax_vae.layers.conv import Clip, wide_dtype
+
+Scalar = Float[Array, ""]
+
+
+def l1(video: Clip, target: Clip) -> Scalar:
+    """Gives the mean absolute error."""
+    return mean(jnp.abs(video - target))
+
+
+def mse(video: Clip, target: Clip) -> Scalar:
+    """Gives the mean squared error."""
+    return mean(jnp.square(video - target))
+
+
+def hinge_discriminator(real: Array, fake: Array) -> Scalar:
+    """Gives what a discriminator minimises: its logits are to be over 1 for clips and under -1 for reconstructions.
+
+    (E relu(1 - real) + E relu(1 + fake)) / 2 (Lim & Ye 2017).
+    """
+    return 0.5 * (mean(jax.nn.relu(1 - real)) + mean(jax.nn.relu(1 + fake)))
+
+
+def hinge_generator(fake: Array) -> Scalar:
+    """Gives what the VAE minimises against a discriminator: -E fake."""
+    return -mean(fake)
+
+
+def adaptive_weight(reconstruction_gradient: Array, gan_gradient: Array) -> Scalar:
+    """Gives the weight at which the GAN's gradient by the decoder's last kernel is as long as the reconstruction's.
+
+    |a| / (|b| + 1e-4), at most 1e4 (Esser, Rombach & Ommer 2021). No gradient goes through it.
+    """
+    lengths = [jnp.linalg.norm(x.astype(wide_dtype(x)).ravel()) for x in (reconstruction_gradient, gan_gradient)]
+    return jax.lax.stop_gradient(jnp.clip(lengths[0] / (lengths[1] + 1e-4), 0.0, 1e4))
+
+
+def r1(discriminator: Callable[[Clip], Array], clips: Clip) -> Scalar:
+    """Gives half the squared length of the gradient of a clip's logits by its pixels (Mescheder et al. 2018).
+
+    The logits of a clip are summed, the results of clips averaged.
+    """
+    gradient = jax.grad(lambda x: jnp.sum(discriminator(x), dtype=wide_dtype(x)))(clips)
+    return 0.5 * jnp.sum(jnp.square(gradient), dtype=wide_dtype(clips)) / clips.shape[0]
+
+
+def lecam(real: Array, fake: Array, usual_real: Array, usual_fake: Array) -> Scalar:
+    """Keeps logits near the moving averages of those of the other side (Tseng et al. 2021).
+
+    E relu(real - usual_fake)^2 + E relu(usual_real - fake)^2.
+    """
+    return mean(jnp.square(jax.nn.relu(real - usual_fake))) + mean(jnp.square(jax.nn.relu(usual_real - fake)))
+
+
+def mean(values: Array) -> Scalar:
+    """Averages in float32 or better."""
+    return jnp.mean(values, dtype=wide_dtype(values))

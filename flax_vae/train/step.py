@@ -1,0 +1,186 @@
+"""One step of training the VAE and its discriminator, as one program: B batch, T frames, H W pixels, C channels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, UInt8
+
+from flax_vae.models.vae import CausalVideoVAE
+from flax_vae.train import losses
+from flax_vae.train.config import TrainConfig
+from flax_vae.train.discriminator import CausalPatchDiscriminator, PatchDiscriminator
+from flax_vae.train.lpips import LPIPS
+from flax_vae.train.optimizer import moved_average, optimizer, schedule
+
+Frames = UInt8[Array, "b t h w 3"]
+Metrics = dict[str, Float[Array, ""]]
+DISCRIMINATORS = {"frames": PatchDiscriminator, "causal": CausalPatchDiscriminator}
+LECAM_DECAY = 0.99
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """All that a run changes: what a checkpoint of it holds."""
+
+    step: Array  # batches so far
+    parameters: Any
+    average: Any  # moving average of the parameters
+    optimizer: Any
+    random_counts: Any  # how often each dropout has drawn
+    discriminator: Any  # parameters; None without a GAN
+    discriminator_optimizer: Any
+    usual_logits: Any  # moving averages of the discriminator's logits, of clips and of reconstructions
+    skipped: Array  # steps left out because something was not finite, in a row
+
+
+class Trainer:
+    """Builds a run's models and makes its steps; holds nothing that changes."""
+
+    def __init__(self, config: TrainConfig, vae: CausalVideoVAE, lpips: LPIPS | None = None):
+        self.config, self.lpips = config, lpips
+        vae.train()
+        self.structure, self._parameters, self._counts, self._constants = nnx.split(vae, nnx.Param, nnx.RngCount, ...)
+        self.optimizer = optimizer(config.optimizer, config.steps)
+        self.schedule = schedule(config.optimizer, config.steps)
+        self.judge, self._judge_parameters = None, None
+        if config.gan.kind != "none":
+            judge = DISCRIMINATORS[config.gan.kind](rngs=nnx.Rngs(config.seed + 1))
+            self.judge, self._judge_parameters = nnx.split(judge, nnx.Param)
+        self.step = jax.jit(self._step, static_argnames="with_gan", donate_argnames="state")
+
+    def start(self) -> TrainState:
+        """Gives the state before the first step."""
+        copy = partial(jax.tree.map, jnp.copy)
+        with_judge = self.judge is not None
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            parameters=copy(self._parameters),
+            average=copy(self._parameters),
+            optimizer=self.optimizer.init(self._parameters),
+            random_counts=copy(self._counts),
+            discriminator=copy(self._judge_parameters) if with_judge else None,
+            discriminator_optimizer=self.optimizer.init(self._judge_parameters) if with_judge else None,
+            usual_logits=(jnp.zeros(()), jnp.zeros(())) if with_judge else None,
+            skipped=jnp.zeros((), jnp.int32),
+        )
+
+    def vae(self, parameters: Any) -> CausalVideoVAE:
+        """Gives the model with these parameters, for inference."""
+        vae = nnx.merge(self.structure, parameters, self._counts, self._constants, copy=True)
+        vae.eval()
+        return vae
+
+    def _step(self, state: TrainState, frames: Frames, with_gan: bool) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
+        video = frames.astype(jnp.float32) / 127.5 - 1
+        reconstruct = partial(self._reconstruct, counts=state.random_counts, video=video, key=key)
+        (again, kl), pull, counts = jax.vjp(reconstruct, state.parameters, has_aux=True)
+        total, metrics, gradient = self._reconstruction_loss(again, video)
+        metrics |= {"kl": kl}
+        judged = state
+        if with_gan:
+            weight, gan, gan_gradient = self._gan_loss(state, again, gradient, pull)
+            gradient = gradient + weight * gan_gradient
+            judged, more = self._judge_step(state, again, video)
+            metrics |= {"gan": gan, "gan_weight": weight, **more}
+        (gradients,) = pull((gradient, jnp.asarray(self.config.loss.kl, kl.dtype)))
+        metrics |= {"total": total + self.config.loss.kl * kl, "gradient_norm": optax.global_norm(gradients)}
+        updates, moments = self.optimizer.update(gradients, state.optimizer, state.parameters)
+        parameters = optax.apply_updates(state.parameters, updates)
+        return self._accepted(state, judged, parameters, moments, counts, metrics)
+
+    def _reconstruct(self, parameters, counts, video, key):
+        dtype = jnp.dtype(self.config.precision)
+        cast = partial(jax.tree.map, lambda leaf: leaf.astype(dtype))
+        vae = nnx.merge(self.structure, cast(parameters), counts, self._constants, copy=True)
+        posterior = vae.encode(video, self.config.chunk)
+        latents = posterior.sample(key)
+        chunk = self.config.chunk and self.config.chunk // vae.config.temporal_factor
+        again = vae.decode(latents, chunk).astype(jnp.float32)
+        return (again, posterior.kl()), nnx.state(vae, nnx.RngCount)
+
+    def _reconstruction_loss(self, again, video):
+        """Gives the loss, its terms, and its gradient by the reconstruction."""
+        weights = self.config.loss
+
+        def loss(again):
+            terms = {"mse": losses.mse(again, video), "l1": losses.l1(again, video)}
+            if self.lpips is not None:
+                terms["lpips"] = self.lpips(again, video, weights.lpips_frames).mean()
+            return sum(getattr(weights, name) * term for name, term in terms.items()), terms
+
+        (total, terms), gradient = jax.value_and_grad(loss, has_aux=True)(again)
+        return total, terms, gradient
+
+    def _gan_loss(self, state, again, gradient, pull):
+        """Gives the weight of the GAN's loss, that loss, and its gradient by the reconstruction."""
+
+        def loss(again):
+            return losses.hinge_generator(self._judge(state.discriminator, again))
+
+        gan, gan_gradient = jax.value_and_grad(loss)(again)
+        nothing = jnp.zeros((), jnp.result_type(gan))
+        last = [pull((g, nothing))[0]["decoder"]["conv_out"]["conv"]["kernel"][...] for g in (gradient, gan_gradient)]
+        return self.config.gan.weight * losses.adaptive_weight(*last), gan, gan_gradient
+
+    def _judge(self, parameters, clips):
+        """Gives the discriminator's logits, computed in the run's precision."""
+        dtype = jnp.dtype(self.config.precision)
+        judge = nnx.merge(self.judge, jax.tree.map(lambda leaf: leaf.astype(dtype), parameters))
+        return judge(clips.astype(dtype)).astype(jnp.float32)
+
+    def _judge_step(self, state, again, video):
+        """Gives the state with the discriminator after its step, and its losses."""
+        settings = self.config.gan
+
+        def loss(parameters):
+            real, fake = (self._judge(parameters, clips) for clips in (video, again))
+            hinge, extra = losses.hinge_discriminator(real, fake), jnp.zeros(())
+            if settings.regularizer == "r1":
+                extra = losses.r1(lambda x: self._judge(parameters, x), video)
+            elif settings.regularizer == "lecam":
+                extra = losses.lecam(real, fake, *state.usual_logits)
+            return hinge + settings.regularizer_weight * extra, (hinge, extra, real.mean(), fake.mean())
+
+        (total, (hinge, extra, *logits)), gradients = jax.value_and_grad(loss, has_aux=True)(state.discriminator)
+        updates, moments = self.optimizer.update(gradients, state.discriminator_optimizer, state.discriminator)
+        usual = tuple(LECAM_DECAY * u + (1 - LECAM_DECAY) * x for u, x in zip(state.usual_logits, logits, strict=True))
+        state = replace(
+            state,
+            discriminator=optax.apply_updates(state.discriminator, updates),
+            discriminator_optimizer=moments,
+            usual_logits=usual,
+        )
+        norm = optax.global_norm(gradients)
+        metrics = {"discriminator": hinge, "logits_real": logits[0], "logits_fake": logits[1]}
+        if settings.regularizer != "none":
+            metrics[settings.regularizer] = extra
+        return state, metrics | {"discriminator_gradient_norm": norm}
+
+    def _accepted(self, state, judged, parameters, moments, counts, metrics):
+        """Gives the state after a step; where anything is not finite, the one before it, with its step counted."""
+        is_finite = jnp.isfinite(jnp.stack([jnp.asarray(value, jnp.float32) for value in metrics.values()])).all()
+        settings = self.config.optimizer
+        updates = (state.step + 1) // settings.accumulate
+        is_update = (state.step + 1) % settings.accumulate == 0
+        # early on, the average of few steps rather than of the random start
+        decay = jnp.where(is_update, jnp.minimum(settings.ema, (1 + updates) / (10 + updates)), 1.0)
+        after = replace(
+            judged,
+            parameters=parameters,
+            average=moved_average(state.average, parameters, decay),
+            optimizer=moments,
+            random_counts=counts,
+        )
+        kept = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), after, state)
+        kept = replace(kept, step=state.step + 1, skipped=jnp.where(is_finite, 0, state.skipped + 1))
+        rate = self.schedule(state.step // settings.accumulate)
+        return kept, metrics | {"learning_rate": rate, "skipped": kept.skipped}
