@@ -100,7 +100,7 @@ class Log:
         with contextlib.ExitStack() as stack:
             stack.callback(lock.release)
             self._file = stack.enter_context(open(self.path, "a+b"))
-            self._file.truncate(sum(len(line) for line in _whole_lines(self.path)))
+            self._file.truncate(sum(len(line) for line in whole_lines(self.path)))
             before = read_settings(self.path)
             if before is None:
                 self.add(self._settings)
@@ -125,15 +125,15 @@ def as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_settings(path: Path) -> dict[str, Any] | None:
     """Gives the settings with which a log was begun; None where there is no log."""
-    return next((json.loads(line) for line in _whole_lines(path)), None)
+    return next((json.loads(line) for line in whole_lines(path)), None)
 
 
 def read_log(path: Path) -> Iterator[dict[str, Any]]:
     """Yields the lines of a log, which may still be written, without the settings; none where there is no log."""
-    yield from (json.loads(line) for line in itertools.islice(_whole_lines(path), 1, None))
+    yield from (json.loads(line) for line in itertools.islice(whole_lines(path), 1, None))
 
 
-def _whole_lines(path: Path) -> Iterator[bytes]:
+def whole_lines(path: Path) -> Iterator[bytes]:
     if path.exists():
         with open(path, "rb") as file:
             yield from (line for line in file if line.endswith(b"\n"))
