@@ -68,7 +68,7 @@ class Draw:
                 return self._drawn(entry.path, rng)
             except FAILURES as error:
                 self._note(entry, error)
-                entry = self.entries[rng.integers(len(self.entries))]
+                entry = self.entries[int(rng.integers(len(self.entries)))]
         raise ValueError(f"{TRIES} clips in a row cannot be read; the last one: {entry.path}")
 
     def _drawn(self, path: Path, rng: np.random.Generator) -> np.ndarray:

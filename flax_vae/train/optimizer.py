@@ -35,6 +35,13 @@ def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformati
     return optax.MultiSteps(chain, config.accumulate).gradient_transformation()
 
 
+def updates(state: Any) -> Any:
+    """Counts the steps that an optimizer of `optimizer` has made; of the batches, one in `accumulate` is one."""
+    if isinstance(state, optax.MultiStepsState):
+        return state.gradient_step
+    return optax.tree_utils.tree_get(state[1][0], "count")
+
+
 def moved_average(average: Any, parameters: Any, decay: Array) -> Any:
     """Gives the moving average after one more step: decay * average + (1 - decay) * parameters."""
     return jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, parameters)

@@ -17,7 +17,7 @@ from flax_vae.train import losses
 from flax_vae.train.config import TrainConfig
 from flax_vae.train.discriminator import CausalPatchDiscriminator, PatchDiscriminator
 from flax_vae.train.lpips import LPIPS
-from flax_vae.train.optimizer import moved_average, optimizer, schedule
+from flax_vae.train.optimizer import moved_average, optimizer, schedule, updates
 
 Frames = UInt8[Array, "b t h w 3"]
 Metrics = dict[str, Float[Array, ""]]
@@ -50,7 +50,8 @@ class Trainer:
         self.structure, self._parameters, self._counts, self._constants = nnx.split(vae, nnx.Param, nnx.RngCount, ...)
         self.optimizer = optimizer(config.optimizer, config.steps)
         self.schedule = schedule(config.optimizer, config.steps)
-        self.judge, self._judge_parameters = None, None
+        self.judge: Any = None
+        self._judge_parameters: Any = None
         if config.gan.kind != "none":
             judge = DISCRIMINATORS[config.gan.kind](rngs=nnx.Rngs(config.seed + 1))
             self.judge, self._judge_parameters = nnx.split(judge, nnx.Param)
@@ -93,8 +94,8 @@ class Trainer:
             metrics |= {"gan": gan, "gan_weight": weight, **more}
         (gradients,) = pull((gradient, jnp.asarray(self.config.loss.kl, kl.dtype)))
         metrics |= {"total": total + self.config.loss.kl * kl, "gradient_norm": optax.global_norm(gradients)}
-        updates, moments = self.optimizer.update(gradients, state.optimizer, state.parameters)
-        parameters = optax.apply_updates(state.parameters, updates)
+        changes, moments = self.optimizer.update(gradients, state.optimizer, state.parameters)
+        parameters = optax.apply_updates(state.parameters, changes)
         return self._accepted(state, judged, parameters, moments, counts, metrics)
 
     def _reconstruct(self, parameters, counts, video, key):
@@ -151,11 +152,11 @@ class Trainer:
             return hinge + settings.regularizer_weight * extra, (hinge, extra, real.mean(), fake.mean())
 
         (total, (hinge, extra, *logits)), gradients = jax.value_and_grad(loss, has_aux=True)(state.discriminator)
-        updates, moments = self.optimizer.update(gradients, state.discriminator_optimizer, state.discriminator)
+        changes, moments = self.optimizer.update(gradients, state.discriminator_optimizer, state.discriminator)
         usual = tuple(LECAM_DECAY * u + (1 - LECAM_DECAY) * x for u, x in zip(state.usual_logits, logits, strict=True))
         state = replace(
             state,
-            discriminator=optax.apply_updates(state.discriminator, updates),
+            discriminator=optax.apply_updates(state.discriminator, changes),
             discriminator_optimizer=moments,
             usual_logits=usual,
         )
@@ -168,11 +169,9 @@ class Trainer:
     def _accepted(self, state, judged, parameters, moments, counts, metrics):
         """Gives the state after a step; where anything is not finite, the one before it, with its step counted."""
         is_finite = jnp.isfinite(jnp.stack([jnp.asarray(value, jnp.float32) for value in metrics.values()])).all()
-        settings = self.config.optimizer
-        updates = (state.step + 1) // settings.accumulate
-        is_update = (state.step + 1) % settings.accumulate == 0
+        before, now = updates(state.optimizer), updates(moments)
         # early on, the average of few steps rather than of the random start
-        decay = jnp.where(is_update, jnp.minimum(settings.ema, (1 + updates) / (10 + updates)), 1.0)
+        decay = jnp.where(now > before, jnp.minimum(self.config.optimizer.ema, (1 + now) / (10 + now)), 1.0)
         after = replace(
             judged,
             parameters=parameters,
@@ -182,5 +181,4 @@ class Trainer:
         )
         kept = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), after, state)
         kept = replace(kept, step=state.step + 1, skipped=jnp.where(is_finite, 0, state.skipped + 1))
-        rate = self.schedule(state.step // settings.accumulate)
-        return kept, metrics | {"learning_rate": rate, "skipped": kept.skipped}
+        return kept, metrics | {"learning_rate": self.schedule(before), "skipped": kept.skipped}
