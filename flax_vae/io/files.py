@@ -8,6 +8,10 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import filelock
 
 PathLike = str | os.PathLike[str]
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # suffixes of files with one picture
@@ -42,6 +46,18 @@ def scratch(path: Path) -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def locked(path: Path, busy: str) -> filelock.BaseFileLock:
+    """Gives the lock that is the file `path`, taken; ValueError that says `busy` where another process has it."""
+    import filelock  # commands that lock nothing answer without it
+
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        raise ValueError(busy) from None
+    return lock
 
 
 def check_target(path: PathLike) -> None:

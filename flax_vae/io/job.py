@@ -13,6 +13,7 @@ from typing import Any
 
 import filelock
 
+from flax_vae.io import files
 from flax_vae.io.trees import load_tree, save_tree
 
 PROGRESS, LOCK, PIECES = "progress.safetensors", "lock", "pieces"
@@ -141,12 +142,7 @@ def folder_of(target: Path) -> Path:
 
 def locked(target: Path) -> filelock.BaseFileLock:
     """Gives the lock of the folder in which a target is made, taken; ValueError where another process has it."""
-    lock = filelock.FileLock(folder_of(target) / LOCK)
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
-        raise ValueError(f"{target}: another process is writing it") from None
-    return lock
+    return files.locked(folder_of(target) / LOCK, f"{target}: another process is writing it")
 
 
 def check_begun(target: Path, resume: bool) -> None:

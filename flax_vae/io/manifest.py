@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import filelock
-
-from flax_vae.io.files import IMAGES, PathLike, replacing
+from flax_vae.io.files import IMAGES, PathLike, locked, replacing
 
 VIDEOS = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".gif", ".ogv")
 KINDS = ("video", "image")
@@ -92,11 +90,7 @@ class Log:
         self.path, self._settings = path, as_json(settings)
 
     def __enter__(self) -> Log:
-        lock = filelock.FileLock(self.path.with_name(f".{self.path.name}.lock"))
-        try:
-            lock.acquire(blocking=False)
-        except filelock.Timeout:
-            raise ValueError(f"{self.path}: another process is writing it") from None
+        lock = locked(self.path.with_name(f".{self.path.name}.lock"), f"{self.path}: another process is writing it")
         with contextlib.ExitStack() as stack:
             stack.callback(lock.release)
             self._file = stack.enter_context(open(self.path, "a+b"))
@@ -134,6 +128,7 @@ def read_log(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def whole_lines(path: Path) -> Iterator[bytes]:
+    """Yields the lines of a file, without a last one that was cut off; none where there is no file."""
     if path.exists():
         with open(path, "rb") as file:
             yield from (line for line in file if line.endswith(b"\n"))

@@ -86,11 +86,11 @@ def draw_frames(
     `place`, (0, 0) for what is at the top left, (1, 1) for the bottom right. Raises ValueError for a clip that is
     damaged there, or has not so many frames.
     """
-    _check_source(path)
     with _open(path) as (container, stream):
         rate = _rate(stream)
         pace = max(rate / Fraction(fps or rate), Fraction(1))  # frames of the clip for one that is drawn
-        span = math.floor((frames - 1) * pace) + 1
+        offsets = [math.floor(i * pace) for i in range(frames)]
+        span = offsets[-1] + 1
         count = 1 if _is_image(container) else _frame_count(container, stream)
         if count < span:
             raise ValueError(f"{path}: has {count} frames, and {span} are needed for {frames} at this rate")
@@ -98,10 +98,9 @@ def draw_frames(
         if first:
             start = (stream.start_time or 0) + round(first / rate / as_fraction(stream.time_base))
             container.seek(start, stream=stream)
-        wanted = [first + math.floor(i * pace) for i in range(frames)]
         drawn: list[np.ndarray] = []
         for number, frame in _numbered(path, container, stream, rate):
-            while len(drawn) < frames and number >= wanted[len(drawn)]:
+            while len(drawn) < frames and number >= first + offsets[len(drawn)]:
                 drawn.append(_upright_pixels(frame, size, place))
             if len(drawn) == frames:
                 return np.stack(drawn)

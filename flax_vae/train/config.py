@@ -131,5 +131,5 @@ PRESETS = {
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup=100),
     ),
     "stage1": STAGE1,
-    "stage2": replace(STAGE1, data=replace(STAGE1.data, frames=57, batch=4, images=0.0), chunk=None),
+    "stage2": replace(STAGE1, data=replace(STAGE1.data, frames=57, batch=4, images=0.0)),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -10,12 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import filelock
 import jax
 import numpy as np
 from flax import nnx
 
-from flax_vae.io.files import replacing
+from flax_vae.io.files import locked, replacing
 from flax_vae.io.manifest import read_entries
 from flax_vae.io.picture import contact_sheet, psnr
 from flax_vae.io.pixels import to_float
@@ -59,28 +59,30 @@ class Run:
 
     def __enter__(self) -> Run:
         self.out.mkdir(parents=True, exist_ok=True)
-        self._lock = filelock.FileLock(self.out / ".lock")
-        try:
-            self._lock.acquire(blocking=False)
-        except filelock.Timeout:
-            raise ValueError(f"{self.out}: another process trains here") from None
+        with contextlib.ExitStack() as stack:
+            lock = locked(self.out / ".lock", f"{self.out}: another process trains here")
+            stack.callback(lock.release)
+            self._begin(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stack.close()
+
+    def _begin(self, stack: contextlib.ExitStack) -> None:
         self._keep_config()
         lpips = LPIPS.from_pretrained() if self.config.loss.lpips else None
         self.trainer = Trainer(self.config, first_model(self.config), lpips)
         self.state = self.trainer.start()
         self.checkpoints = Checkpoints(self.out / CHECKPOINTS, self.config.keep)
+        stack.callback(self.checkpoints.close)
         if self.checkpoints.newest() is not None:
             self.state, _ = self.checkpoints.restore(self.state)
         self.log = MetricsLog(self.out / METRICS, self.step)
+        stack.callback(self.log.close)
         self.shown = self._clips_to_show()
         if self.step == 0:
             self.save()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.log.close()
-        self.checkpoints.close()
-        self._lock.release()
 
     @property
     def step(self) -> int:
@@ -130,16 +132,13 @@ class Run:
     def draw(self) -> float:
         """Draws input, reconstruction and difference of the clips that are shown, by the averaged weights; gives dB."""
         vae = self.trainer.vae(self.state.average)
-        again = np.concatenate([np.asarray(self._reconstruct(vae, clip[None])) for clip in self.shown])
+        again = np.concatenate([np.asarray(reconstruct(vae, to_float(clip[None]))) for clip in self.shown])
         shown = to_float(self.shown)
         folder = self.out / "pictures"
         folder.mkdir(exist_ok=True)
         before, after = (x.reshape(-1, *x.shape[2:]) for x in (shown, again))
         contact_sheet(folder / f"{self.step:08d}.png", before, after, f"step {self.step}")
         return psnr(shown, np.clip(again, -1, 1))
-
-    def _reconstruct(self, vae: CausalVideoVAE, clip: np.ndarray) -> jax.Array:
-        return nnx.jit(lambda vae, clip: vae.decode(vae.encode(clip).mode()))(vae, to_float(clip))
 
     def _clips_to_show(self) -> np.ndarray:
         settings = replace(self.config.data, batch=PICTURES, images=0.0, workers=0, flip=False)
@@ -153,13 +152,18 @@ class Run:
             with replacing(path) as part:
                 part.write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")
             return
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [name for name, value in flat(ours).items() if flat(before).get(name) != value]
-        if changed:
-            listed = "; ".join(f"{name} was {flat(before).get(name)}, now {flat(ours)[name]}" for name in changed)
+        before, now = flat(json.loads(path.read_text(encoding="utf-8"))), flat(ours)
+        if changed := [name for name, value in now.items() if before.get(name) != value]:
+            listed = "; ".join(f"{name} was {before.get(name)}, now {now[name]}" for name in changed)
             raise ValueError(
                 f"{self.out}: holds a run of another config ({listed}): go on as begun, or write elsewhere"
             )
+
+
+@nnx.jit
+def reconstruct(vae: CausalVideoVAE, clip: Any) -> jax.Array:
+    """Encodes a clip (B, T, H, W, 3) and decodes the means; compiled once for a model and a shape."""
+    return vae.decode(vae.encode(clip).mode())
 
 
 def first_model(config: TrainConfig) -> CausalVideoVAE:

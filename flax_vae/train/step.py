@@ -151,7 +151,7 @@ class Trainer:
                 extra = losses.lecam(real, fake, *state.usual_logits)
             return hinge + settings.regularizer_weight * extra, (hinge, extra, real.mean(), fake.mean())
 
-        (total, (hinge, extra, *logits)), gradients = jax.value_and_grad(loss, has_aux=True)(state.discriminator)
+        (_, (hinge, extra, *logits)), gradients = jax.value_and_grad(loss, has_aux=True)(state.discriminator)
         changes, moments = self.optimizer.update(gradients, state.discriminator_optimizer, state.discriminator)
         usual = tuple(LECAM_DECAY * u + (1 - LECAM_DECAY) * x for u, x in zip(state.usual_logits, logits, strict=True))
         state = replace(
