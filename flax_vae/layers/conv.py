@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from flax_vae.layers.geometry import Pair, causal_padding, conv_output_size, triple
+from flax_vae.layers.lowering import Window, convolve, wide_dtype
 
 PadMode = Literal["constant", "replicate", "reflect", "circular"]
 Padding = tuple[Pair, Pair, Pair]
@@ -72,15 +73,8 @@ class Conv3d(nnx.Module):
     def convolve(self, x: Clip, padding: Padding) -> Clip:
         """Convolves with the given padding of time, height and width; too few frames give no frame."""
         kernel = self.kernel[...]
-        y = jax.lax.conv_general_dilated(
-            x,
-            kernel.reshape(*self.kernel_size, *kernel.shape[-2:]),
-            window_strides=self.stride,
-            padding=padding,
-            rhs_dilation=self.dilation,
-            dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
-            feature_group_count=self.groups,
-        )
+        kernel = kernel.reshape(*self.kernel_size, *kernel.shape[-2:])
+        y = convolve(x, kernel, Window(self.stride, padding, self.dilation, self.groups))
         return y if self.bias is None else add_bias(y, self.bias[...])
 
 
@@ -210,11 +204,6 @@ def add_bias(y: Array, bias: Array) -> Array:
     """Adds a bias to each channel in float32 or better, in which its gradient, a sum over pixels, is summed too."""
     bias = bias.astype(wide_dtype(y)).reshape((1,) * (y.ndim - 1) + bias.shape)
     return (y.astype(bias.dtype) + bias).astype(y.dtype)
-
-
-def wide_dtype(x: Array) -> np.dtype:
-    """Gives the dtype in which sums over `x` are taken: float32 or better."""
-    return np.promote_types(x.dtype, np.float32)
 
 
 def check_clip(x: Array, channels: int) -> None:

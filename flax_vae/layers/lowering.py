@@ -1,0 +1,313 @@
+"""How a convolution is computed: by XLA's own, or, where that is slow, by 2D convolutions and matmuls of frames.
+
+B batch, T frames, H W pixels, C channels; arrays are B T H W C, kernels are T H W I O. On a CPU, XLA's 3D convolutions
+reach an eighth to a third of the matmul rate, and their gradients less; 2D ones reach half of it or more. So there each
+time tap of a kernel is a 2D convolution of the frames that it sees, and nothing is computed of the zeros around a clip.
+
+A convolution is linear in the clip and in the kernel. So are its two gradients, and theirs are these three functions
+again: `convolve`, `input_gradient`, `kernel_gradient`. They can be differentiated any number of times, in reverse mode.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial, reduce
+from itertools import product
+from operator import add
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array
+
+from flax_vae.layers.geometry import Pair
+
+Lowering = Literal["platform", "plain", "frames"]
+Triple = tuple[int, int, int]
+SMALL = 10_000_000  # multiplications under which a program compiled by frames would save less than it costs
+_lowering: contextvars.ContextVar[Lowering] = contextvars.ContextVar("lowering", default="platform")
+
+
+@contextlib.contextmanager
+def lowered(lowering: Lowering) -> Iterator[None]:
+    """Within it convolutions are traced to run as XLA's own ("plain"), by frames, or as suits the platform."""
+    token = _lowering.set(lowering)
+    try:
+        yield
+    finally:
+        _lowering.reset(token)
+
+
+@dataclass(frozen=True)
+class Window:
+    """What a convolution is beside its kernel: stride, padding and dilation of time, height and width, and groups."""
+
+    stride: Triple
+    padding: tuple[Pair, Pair, Pair]
+    dilation: Triple = (1, 1, 1)
+    groups: int = 1
+    lowering: Lowering = field(default_factory=_lowering.get)
+
+    def output_size(self, size: Sequence[int], kernel: Sequence[int]) -> tuple[int, ...]:
+        """Gives the output's time, height and width, 0 where the input is too small."""
+        axes = zip(size, kernel[:3], self.stride, self.padding, self.dilation, strict=True)
+        return tuple(max(n + sum(pad) - d * (k - 1) - 1 + s, 0) // s for n, k, s, pad, d in axes)
+
+
+def wide_dtype(x: Array) -> np.dtype:
+    """Gives the dtype in which sums over `x` are taken: float32 or better."""
+    return np.promote_types(x.dtype, np.float32)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def convolve(x: Array, kernel: Array, window: Window) -> Array:
+    """Convolves a clip; sums are taken in float32 or better."""
+    return _computed(_plain, _by_taps, x, kernel, window, x.shape[1:4], kernel.shape)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def input_gradient(dy: Array, kernel: Array, window: Window, size: Triple) -> Array:
+    """Gives the gradient by a clip of this time, height and width, from that by what `convolve` makes of it."""
+    plain = partial(_plain_input_gradient, size=size)
+    by_taps = partial(_input_gradient_by_taps, size=size)
+    return _computed(plain, by_taps, dy, kernel, window, size, kernel.shape)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def kernel_gradient(x: Array, dy: Array, window: Window, kernel: Triple) -> Array:
+    """Gives the gradient by a kernel of this time, height and width, from that by what `convolve` makes with it."""
+    plain = partial(_plain_kernel_gradient, kernel=kernel)
+    by_frames = partial(_kernel_gradient_by_frames, kernel=kernel)
+    return _computed(plain, by_frames, x, dy, window, x.shape[1:4], (*kernel, x.shape[4], dy.shape[4]))
+
+
+def _convolve_backward(window, inputs, dy):
+    x, kernel = inputs
+    dx = input_gradient(dy, kernel, window, x.shape[1:4])
+    return dx, kernel_gradient(x, dy, window, kernel.shape[:3])
+
+
+def _input_gradient_backward(window, size, inputs, dx):
+    dy, kernel = inputs
+    return convolve(dx, kernel, window), kernel_gradient(dx, dy, window, kernel.shape[:3])
+
+
+def _kernel_gradient_backward(window, size, inputs, dkernel):
+    x, dy = inputs
+    return input_gradient(dy, dkernel, window, x.shape[1:4]), convolve(x, dkernel, window)
+
+
+def _with_inputs(function):
+    return lambda left, right, *static: (function(left, right, *static), (left, right))
+
+
+convolve.defvjp(_with_inputs(convolve), _convolve_backward)
+input_gradient.defvjp(_with_inputs(input_gradient), _input_gradient_backward)
+kernel_gradient.defvjp(_with_inputs(kernel_gradient), _kernel_gradient_backward)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 4, 5, 6), inline=True)
+def _computed(plain: Callable, by_frames: Callable, left: Array, right: Array, window: Window, size, kernel) -> Array:
+    """Computes by what the window's lowering says, for a clip of this size and a kernel of this shape."""
+    plain, by_frames = partial(plain, window=window), partial(by_frames, window=window)
+    if window.lowering == "plain" or not _suits_frames(window, size, kernel):
+        return plain(left, right)
+    if window.lowering == "frames":
+        return by_frames(left, right)
+    work = left.shape[0] * math.prod(window.output_size(size, kernel)) * math.prod(kernel)
+    return plain(left, right) if work < SMALL else lax.platform_dependent(left, right, cpu=by_frames, default=plain)
+
+
+def _suits_frames(window: Window, size: Triple, kernel: tuple[int, ...]) -> bool:
+    """Leaves to XLA what has groups, sees some pixels not at all or through holes, or sees nothing but zeros."""
+    axes = zip(kernel[1:3], window.stride[1:], window.dilation[1:], strict=True)
+    sees_all = all(stride == 1 or (dilation == 1 and stride <= k) for k, stride, dilation in axes)
+    outputs = window.output_size(size, kernel)
+    sees_any = 0 not in outputs and _time_taps(window, kernel[0], size[0], outputs[0])
+    return window.groups == 1 and sees_all and bool(sees_any)
+
+
+def _plain(x, kernel, window):
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window.stride,
+        window.padding,
+        rhs_dilation=window.dilation,
+        dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+        feature_group_count=window.groups,
+    )
+
+
+def _plain_input_gradient(dy, kernel, window, size):
+    x = jax.ShapeDtypeStruct((dy.shape[0], *size, kernel.shape[3] * window.groups), dy.dtype)
+    return jax.linear_transpose(lambda x: _plain(x, kernel, window), x)(dy)[0]
+
+
+def _plain_kernel_gradient(x, dy, window, kernel):
+    weights = jax.ShapeDtypeStruct((*kernel, x.shape[4] // window.groups, dy.shape[4]), dy.dtype)
+    return jax.linear_transpose(lambda weights: _plain(x, weights, window), weights)(dy)[0]
+
+
+class Tap(NamedTuple):
+    """The outputs `start` to `stop` of which a time tap sees a frame, and the frame that the first of them sees."""
+
+    index: int
+    start: int
+    stop: int
+    frame: int
+
+
+def _time_taps(window: Window, kernel: int, frames: int, outputs: int) -> list[Tap]:
+    """Lists the time taps that see any frame, and of which outputs; the others see zeros alone."""
+    stride, dilation, before = window.stride[0], window.dilation[0], window.padding[0][0]
+    taps = []
+    for index in range(kernel):
+        ahead = index * dilation - before  # the tap of output i sees frame i * stride + ahead
+        start, stop = max(0, -(ahead // stride)), min(outputs, (frames - 1 - ahead) // stride + 1)
+        if start < stop:
+            taps.append(Tap(index, start, stop, start * stride + ahead))
+    return taps
+
+
+def _by_taps(x, kernel, window):
+    """Adds up a 2D convolution for each time tap, of the frames that it sees."""
+    stride, outputs = window.stride[0], window.output_size(x.shape[1:4], kernel.shape)[0]
+    parts = []
+    for tap in _time_taps(window, kernel.shape[0], x.shape[1], outputs):
+        last = tap.frame + (tap.stop - tap.start - 1) * stride
+        seen = x[:, tap.frame : last + 1 : stride]
+        part = _of_frames(partial(_conv2d, kernel=kernel[tap.index], window=window), seen)
+        parts.append(_put(part, tap.start, outputs))
+    return _total(parts, x)
+
+
+def _input_gradient_by_taps(dy, kernel, window, size):
+    """Adds up, for each time tap, what the frames that it sees get from the outputs."""
+    parts = []
+    for tap in _time_taps(window, kernel.shape[0], size[0], dy.shape[1]):
+        back = partial(_conv2d_input_gradient, kernel=kernel[tap.index], window=window, size=size[1:])
+        part = _of_frames(back, dy[:, tap.start : tap.stop])
+        parts.append(_put(part, tap.frame, size[0], window.stride[0]))
+    return _total(parts, dy)
+
+
+def _kernel_gradient_by_frames(x, dy, window, kernel):
+    """Goes through the frames; each one's patches are multiplied with the outputs of all time taps that see it.
+
+    Frames are taken in as many turns as the time stride is: those of a turn are seen by the same taps.
+    """
+    stride, taps = window.stride[0], [jnp.zeros((*kernel[1:], x.shape[4], dy.shape[4]), dy.dtype)] * kernel[0]
+    x = jnp.pad(x, ((0, 0), (0, 0), *window.padding[1:], (0, 0)))
+    for turn in range(min(stride, x.shape[1])):
+        behind = {k: turn + window.padding[0][0] - k * window.dilation[0] for k in range(kernel[0])}
+        outputs = {k: value // stride for k, value in behind.items() if value % stride == 0}
+        if outputs:
+            seen = _kernel_gradient_of_turn(x[:, turn::stride], dy, window, kernel, list(outputs.values()))
+            for index, k in enumerate(outputs):
+                taps[k] = seen[:, :, :, index]
+    return jnp.stack(taps)
+
+
+def _kernel_gradient_of_turn(x, dy, window, kernel, ahead):
+    """Gives (H, W, I, tap, O) of the taps through which frame i is seen by output i + ahead."""
+    frames, outputs, channels = x.shape[1], dy.shape[1], (x.shape[4], dy.shape[4])
+    first = min(0, *ahead)
+    dy = jnp.pad(dy, ((0, 0), (-first, max(0, frames + max(ahead) - outputs)), (0, 0), (0, 0), (0, 0)))
+
+    def add_frame(sums, i):
+        seen = _patches(lax.dynamic_index_in_dim(x, i, 1, keepdims=False), window, kernel, dy.shape[2:4])
+        pulls = [lax.dynamic_index_in_dim(dy, i + n - first, 1, keepdims=False) for n in ahead]
+        pulls = jnp.concatenate(pulls, axis=-1).reshape(-1, len(ahead) * channels[1])
+        return sums + jnp.matmul(seen.T, pulls, preferred_element_type=sums.dtype), None
+
+    sums = jnp.zeros((kernel[1] * kernel[2] * channels[0], len(ahead) * channels[1]), wide_dtype(dy))
+    sums, _ = lax.scan(add_frame, sums, jnp.arange(frames))
+    return sums.reshape(*kernel[1:], channels[0], len(ahead), channels[1]).astype(dy.dtype)
+
+
+def _patches(frame, window, kernel, size):
+    """Gives what each of `size` pixels sees of a padded (B, H, W, C), as rows of (kernel height, kernel width, C)."""
+    rows, columns = (
+        [slice(k * d, k * d + (n - 1) * s + 1, s) for k in range(kernel)]
+        for kernel, d, n, s in zip(kernel[1:], window.dilation[1:], size, window.stride[1:], strict=True)
+    )
+    seen = [frame[:, row, column] for row, column in product(rows, columns)]
+    return jnp.concatenate(seen, axis=-1).reshape(-1, len(seen) * frame.shape[-1])
+
+
+def _conv2d(x, kernel, window):
+    return _lax_conv2d(x, kernel, window.padding[1:], window.stride[1:], window.dilation[1:])
+
+
+def _conv2d_input_gradient(dy, kernel, window, size):
+    """Gives each of stride x stride kinds of pixel by a convolution with the taps that see it, and interleaves them."""
+    kernel, stride = jnp.swapaxes(kernel, 2, 3), window.stride[1:]
+    of_axes = [
+        [
+            _phase(window, axis, kernel.shape[axis], size[axis], dy.shape[axis + 1], start)
+            for start in range(stride[axis])
+        ]
+        for axis in (0, 1)
+    ]
+    kinds = [
+        _lax_conv2d(dy, kernel[row.taps][:, column.taps], (row.padding, column.padding), (1, 1), window.dilation[1:])
+        for row, column in product(*of_axes)
+    ]
+    if len(kinds) == 1:
+        return kinds[0]
+    kinds = jnp.stack(kinds, axis=3).reshape(*kinds[0].shape[:3], *stride, kinds[0].shape[3])
+    kinds = jnp.moveaxis(kinds, 3, 2)  # B, H / stride, stride, W / stride, stride, C
+    return kinds.reshape(len(dy), kinds.shape[1] * stride[0], -1, kinds.shape[5])[:, : size[0], : size[1]]
+
+
+class Phase(NamedTuple):
+    """Taps, as indices from the last to the first, that see every stride-th pixel, and the padding of the outputs."""
+
+    taps: np.ndarray
+    padding: Pair
+
+
+def _phase(window: Window, axis: int, kernel: int, size: int, outputs: int, start: int) -> Phase:
+    """Gives the taps that see the pixels start, start + stride, ... of height (axis 0) or width (1)."""
+    stride, before = window.stride[1 + axis], window.padding[1 + axis][0]
+    dilation = window.dilation[1 + axis]
+    behind = {k: start + before - k * dilation for k in reversed(range(kernel))}
+    ahead = {k: value // stride for k, value in behind.items() if value % stride == 0}
+    count = -(-size // stride)
+    padding = -min(ahead.values()), count + max(ahead.values()) - outputs
+    return Phase(np.array(list(ahead)), padding)
+
+
+def _lax_conv2d(x, kernel, padding, stride, dilation):
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        stride,
+        padding,
+        rhs_dilation=dilation,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        preferred_element_type=wide_dtype(x),
+    )
+
+
+def _of_frames(function, x):
+    """Maps (B T) H W C by a function, and gives B T H W C."""
+    y = function(x.reshape(-1, *x.shape[2:]))
+    return y.reshape(*x.shape[:2], *y.shape[1:])
+
+
+def _put(part, start, frames, step=1):
+    """Puts frames of zeros around and between those of `part`, which become `start`, `start + step`, ..."""
+    after = frames - start - (part.shape[1] - 1) * step - 1
+    return lax.pad(part, jnp.zeros((), part.dtype), ((0, 0, 0), (start, after, step - 1), *((0, 0, 0),) * 3))
+
+
+def _total(parts, like):
+    return reduce(add, parts).astype(like.dtype)

@@ -1,0 +1,119 @@
+"""Both ways of computing a convolution give the same, and so do the gradients of their gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flax_vae.layers.conv import CausalConv3d
+from flax_vae.layers.lowering import Window, convolve, kernel_gradient, lowered
+
+CAUSAL = ((2, 0), (1, 1), (1, 1))
+CASES = {
+    "causal": ((3, 3, 3), (1, 1, 1), CAUSAL, (1, 1, 1)),
+    "carried": ((3, 3, 3), (1, 1, 1), ((0, 0), (1, 1), (1, 1)), (1, 1, 1)),
+    "spatial-down": ((3, 3, 3), (1, 2, 2), CAUSAL, (1, 1, 1)),
+    "temporal-down": ((3, 3, 3), (2, 1, 1), CAUSAL, (1, 1, 1)),
+    "down-by-2-and-3": ((2, 5, 3), (3, 2, 3), ((1, 2), (2, 1), (0, 3)), (1, 1, 1)),
+    "dilated": ((3, 3, 2), (2, 1, 1), ((4, 0), (2, 2), (1, 0)), (2, 2, 1)),
+    "of-frames": ((1, 4, 4), (1, 2, 2), ((0, 0), (1, 1), (1, 1)), (1, 1, 1)),
+    "longer-than-the-clip": ((7, 3, 1), (1, 1, 1), ((6, 0), (1, 1), (0, 0)), (1, 1, 1)),
+    "leaves-the-end": ((3, 3, 3), (2, 2, 2), ((0, 0), (0, 0), (0, 0)), (1, 1, 1)),
+}
+
+
+def drawn(*shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(sum(shape)).standard_normal(shape), jnp.float32)
+
+
+def gradients(window: Window, x: jax.Array, kernel: jax.Array):
+    """Gives the output, its gradients, and the gradients of those."""
+    y, pull = jax.vjp(lambda *inputs: convolve(*inputs, window), x, kernel)
+    dy = drawn(*y.shape)
+
+    def squares(*inputs):
+        _, pull = jax.vjp(lambda *pair: convolve(*pair, window), *inputs[:2])
+        return sum(jnp.square(gradient).sum() for gradient in pull(inputs[2]))
+
+    return y, pull(dy), jax.grad(squares, (0, 1, 2))(x, kernel, dy)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_frames_give_what_xla_gives(name):
+    size, *rest = CASES[name]
+    x, kernel = drawn(2, 5, 7, 6, 3), drawn(*size, 3, 4)
+    ours, xlas = (
+        jax.jit(gradients, static_argnums=0)(Window(*rest, lowering=way), x, kernel) for way in ("frames", "plain")
+    )
+    for actual, expected in zip(jax.tree.leaves(ours), jax.tree.leaves(xlas), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+
+
+def test_frames_are_computed_by_2d_convolutions_and_matmuls():
+    window = Window((1, 1, 1), CAUSAL, lowering="frames")
+    text = str(
+        jax.make_jaxpr(lambda x, kernel: gradients(window, x, kernel))(drawn(1, 4, 5, 6, 3), drawn(3, 3, 3, 3, 2))
+    )
+    assert "conv_general_dilated" in text
+    assert "spatial_dims=(1, 2, 3)" not in text
+
+
+@pytest.mark.parametrize(
+    ("kernel", "window"),
+    [
+        ((3, 3, 3, 2, 4), Window((1, 1, 1), CAUSAL, groups=2, lowering="frames")),
+        ((1, 1, 1, 4, 4), Window((1, 2, 2), ((0, 0),) * 3, lowering="frames")),
+        ((3, 3, 3, 4, 4), Window((1, 2, 2), CAUSAL, (1, 2, 2), lowering="frames")),
+        ((9, 3, 3, 4, 4), Window((1, 1, 1), ((0, 0), (1, 1), (1, 1)), lowering="frames")),
+    ],
+    ids=["groups", "stride-longer-than-kernel", "dilated-with-stride", "no-output"],
+)
+def test_what_does_not_suit_frames_is_left_to_xla(kernel, window):
+    x, kernel = drawn(1, 5, 6, 7, 4), drawn(*kernel)
+    text = str(jax.make_jaxpr(lambda *inputs: convolve(*inputs, window))(x, kernel))
+    assert "rhs_spec=(4, 3, 0, 1, 2)" in text
+    assert convolve(x, kernel, window).shape[1:4] == window.output_size(x.shape[1:4], kernel.shape)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.tuples(*[st.integers(1, 9)] * 3),
+    kernel=st.tuples(*[st.integers(1, 4)] * 3),
+    stride=st.tuples(*[st.integers(1, 3)] * 3),
+    padding=st.tuples(*[st.tuples(st.integers(0, 4), st.integers(0, 4))] * 3),
+    dilation=st.tuples(*[st.integers(1, 3)] * 3),
+)
+def test_shapes_of_any_window(size, kernel, stride, padding, dilation):
+    window = Window(stride, padding, dilation, lowering="frames")
+    x, weights = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32), jax.ShapeDtypeStruct((*kernel, 3, 4), jnp.float32)
+    y, gradients = jax.eval_shape(
+        lambda *inputs: (
+            convolve(*inputs, window),
+            jax.grad(lambda *pair: convolve(*pair, window).sum(), (0, 1))(*inputs),
+        ),
+        x,
+        weights,
+    )
+    assert y.shape == (2, *window.output_size(size, kernel), 4)
+    assert [gradient.shape for gradient in gradients] == [x.shape, weights.shape]
+
+
+def test_sums_of_bfloat16_are_taken_in_float32():
+    x, kernel = drawn(1, 6, 8, 8, 64).astype(jnp.bfloat16), drawn(3, 3, 3, 64, 8).astype(jnp.bfloat16)
+    window = Window((1, 1, 1), CAUSAL, lowering="frames")
+    y = convolve(x, kernel, window)
+    dkernel = kernel_gradient(x, y, window, (3, 3, 3))
+    assert (y.dtype, dkernel.dtype) == (jnp.bfloat16, jnp.bfloat16)
+    wide = convolve(*(value.astype(jnp.float32) for value in (x, kernel)), window)
+    np.testing.assert_array_equal(y, wide.astype(jnp.bfloat16))
+
+
+def test_a_layer_takes_the_lowering_that_it_is_traced_in():
+    layer, x = CausalConv3d(3, 4, 3, rngs=nnx.Rngs(0)), drawn(1, 4, 5, 6, 3)
+    with lowered("frames"):
+        frames = str(jax.make_jaxpr(lambda x: layer(x)[0])(x))
+    plain = str(jax.make_jaxpr(lambda x: layer(x)[0])(x))
+    assert frames.count("conv_general_dilated") > plain.count("conv_general_dilated")
