@@ -7,6 +7,7 @@ mistake that reproduces its output names the cause. Shapes: B C T H W.
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -21,14 +22,19 @@ from torch_ref.layers.resample import SpatialUpsample, TemporalUpsample
 from torch_ref.layers.resnet import CausalResnetBlock
 from torch_ref.models.posterior import DiagonalGaussian
 from torch_ref.models.tiling import LossyTiling, Tiles, blended, joined
+from torch_ref.train import losses, optimizer, step
+from torch_ref.train.lpips import Weighting
+from torch_ref.train.optimizer import Optimizer
+from torch_ref.train.recipe import Recipe
+from torch_ref.train.step import Trainer
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """What is done wrong, in which layer (where more than one), and what its method then computes."""
+    """What is done wrong, in which layer or file (where more than one), and what its method then computes."""
 
     cause: str
-    layer: type
+    layer: type | ModuleType
     forward: Callable[..., Any]
     method: str = "forward"
 
@@ -134,6 +140,33 @@ def ahead(before: Tensor, after: Tensor, overlap: int, axis: int) -> Tensor:
     return torch.cat([last * (1 - share) + first * share, rest], axis)
 
 
+def attached_weight(reconstruction: Tensor, gan: Tensor, last_kernel: Tensor) -> Tensor:
+    """Gives the adaptive weight as something that gradients go through."""
+    terms = (reconstruction, gan)
+    first, second = (torch.autograd.grad(term, last_kernel, create_graph=True)[0].norm() for term in terms)
+    return (first / (second + 1e-4)).clamp(0, 1e4)
+
+
+def kl_over_channels(layer: DiagonalGaussian) -> Tensor:
+    terms = 0.5 * (layer.mean**2 + layer.logvar.exp() - 1.0 - layer.logvar)
+    return terms.sum(dim=1).mean()
+
+
+def decay_of_all(layer: Optimizer, module: torch.nn.Module, recipe: Recipe, begin: Callable = Optimizer.__init__):
+    begin(layer, module, recipe)
+    for group in layer.adamw.param_groups:
+        group["weight_decay"] = recipe.weight_decay
+
+
+def undetached(
+    layer: Trainer, again: Tensor, reconstruction: Tensor, gan_loss: Callable = Trainer.gan_loss
+) -> tuple[Tensor, Tensor]:
+    """Adds to what the VAE minimises what the discriminator does."""
+    assert layer.discriminator is not None
+    gan, weight = gan_loss(layer, again, reconstruction)
+    return gan + F.relu(1 + layer.discriminator(again)).mean() / 2, weight
+
+
 def rough(values: Tensor) -> Tensor:
     """Rounds to bfloat16, as the default matmul precision of TPUs does."""
     return values.bfloat16().to(values)
@@ -223,6 +256,25 @@ BESIDE_LAYERS = [
         LossyTiling,
         lambda _, tiles, overlap: join(tiles, overlap, blend=ahead),
         "join",
+    ),
+]
+IN_TRAINING = [
+    Mistake(
+        "LPIPS has its dropout on: an instrument has none",
+        Weighting,
+        lambda m, x: m.model[1](F.dropout(x, training=True)),
+    ),
+    Mistake("the KL is summed over channels: over time and space", DiagonalGaussian, kl_over_channels, "kl"),
+    Mistake("gradients go through the adaptive weight: it is a constant", losses, attached_weight, "adaptive_weight"),
+    Mistake("the discriminator's loss reaches the VAE: detach what it judges", Trainer, undetached, "gan_loss"),
+    Mistake("the moving average does not move", step, lambda *_: None, "move_average"),
+    Mistake("biases and norms decay: only kernels do", Optimizer, decay_of_all, "__init__"),
+    Mistake("gradients are not clipped", optimizer, lambda gradients, longest: gradients, "clipped"),
+    Mistake(
+        "gradients are cut value by value: their length all together is",
+        optimizer,
+        lambda gradients, longest: [gradient.clamp(-longest, longest) for gradient in gradients],
+        "clipped",
     ),
 ]
 

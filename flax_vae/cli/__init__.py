@@ -10,9 +10,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Union
 
-COMMANDS = ("info", "port", "encode", "decode", "reconstruct", "extract", "demo")
-EXTRAS = {"av": "video", "matplotlib": "video", "torch": "torch"}
-SUMMARY = """Causal video VAEs in JAX: port a torch checkpoint, encode video to latents, decode it, see what is lost.
+COMMANDS = ("info", "port", "encode", "decode", "reconstruct", "eval", "extract", "train", "export", "demo")
+EXTRAS = {"av": "video", "matplotlib": "video", "torch": "torch", "grain": "train", "orbax": "train", "optax": "train"}
+SUMMARY = """Causal video VAEs in JAX: port a torch checkpoint, encode and decode video, measure what is lost, train.
 
 COMMAND --help explains each and shows an example. A good first one: flax-vae demo"""
 
@@ -67,7 +67,7 @@ def call(args: list[str]) -> None:
     import tyro
 
     if args and args[0] in COMMANDS:
-        command = load(args[0])
+        command = load(args[0], args[1:])
         tyro.cli(command, prog=f"flax-vae {args[0]}", args=args[1:], description=inspect.getdoc(command))
         return
     entries = [Annotated[load(name), tyro.conf.subcommand(name, description=first_line(name))] for name in COMMANDS]
@@ -75,9 +75,13 @@ def call(args: list[str]) -> None:
     tyro.cli(choice, prog="flax-vae", args=args, description=SUMMARY)
 
 
-def load(name: str) -> Callable[..., Any]:
-    """Gives the function that is the command of this name; it imports jax only when it is called."""
-    return getattr(importlib.import_module(f"flax_vae.cli.{name}"), name)
+def load(name: str, args: Sequence[str] = ()) -> Callable[..., Any]:
+    """Gives the function that is the command of this name; it imports jax only when it is called.
+
+    Where the defaults of the arguments follow from one of them, a preset, they are those for `args`.
+    """
+    module = importlib.import_module(f"flax_vae.cli.{name}")
+    return module.with_preset(args) if hasattr(module, "with_preset") else getattr(module, name)
 
 
 def first_line(name: str) -> str:

@@ -61,16 +61,21 @@ class Model:
 
 def load(checkpoint: str, lossy_tiles: bool = False) -> Model:
     """Loads a checkpoint in float32 and keeps what will be compiled for it on disk, for the next run."""
-    import jax
-
     from flax_vae.models.vae import CausalVideoVAE
     from flax_vae.runtime.tile import LossyTiles, LossyTiling
 
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
+    keep_compiled()
     note(f"loading {checkpoint}")
     vae = CausalVideoVAE.from_pretrained(checkpoint)
     return Model(vae, LossyTiles(vae, LossyTiling()) if lossy_tiles else vae, weights_hash(vae))
+
+
+def keep_compiled() -> None:
+    """Keeps what will be compiled on disk, for the next run: where JAX_COMPILATION_CACHE_DIR says, else in a cache."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
 
 
 def weights_hash(vae: CausalVideoVAE) -> str:

@@ -78,12 +78,13 @@ def draw_frames(
     moment: float = 0.0,
     place: tuple[float, float] = (0.5, 0.5),
     fps: Fraction | float | None = None,
+    zoom: float = 1.0,
 ) -> np.ndarray:
     """Reads `frames` frames from anywhere in a clip, as uint8 (T, H, W, 3), upright.
 
     `moment` is 0 for the first frames, near 1 for the last ones; with `fps` those are taken that a viewer would see at
-    so many a second, without every one in a row. Frames are scaled to cover `size` = (height, width) and cropped at
-    `place`, (0, 0) for what is at the top left, (1, 1) for the bottom right. Raises ValueError for a clip that is
+    so many a second, without every one in a row. Frames are scaled to cover `size` = (height, width), or `zoom` times
+    that where they are so large, and cropped at `place`, (0, 0) for the top left, (1, 1) for the bottom right. Raises ValueError for a clip that is
     damaged there, or has not so many frames.
     """
     with _open(path) as (container, stream):
@@ -101,7 +102,7 @@ def draw_frames(
         drawn: list[np.ndarray] = []
         for number, frame in _numbered(path, container, stream, rate):
             while len(drawn) < frames and number >= first + offsets[len(drawn)]:
-                drawn.append(_upright_pixels(frame, size, place))
+                drawn.append(_upright_pixels(frame, size, place, zoom))
             if len(drawn) == frames:
                 return np.stack(drawn)
         raise ValueError(f"{path}: damaged or cut short, {len(drawn)} of the frames from {first} on can be read")
@@ -228,11 +229,10 @@ def _upright_size(frame):
     return (frame.width, frame.height) if _quarters(frame) % 2 else (frame.height, frame.width)
 
 
-def _upright_pixels(frame, size, place=(0.5, 0.5)):
+def _upright_pixels(frame, size, place=(0.5, 0.5), zoom=1.0):
     height, width = _upright_size(frame)
-    scale = max(size[0] / height, size[1] / width)
-    if is_only_cropped((height, width), size):
-        scale = 1
+    cover = max(size[0] / height, size[1] / width)
+    scale = 1 if is_only_cropped((height, width), size) else max(cover, min(cover * zoom, 1))
     height, width = max(size[0], round(height * scale)), max(size[1], round(width * scale))
     stored = (width, height) if _quarters(frame) % 2 else (height, width)
     picture = frame.reformat(height=stored[0], width=stored[1], format="rgb24", interpolation=accurate())

@@ -9,30 +9,39 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-QUALITY = "psnr"
+CHECKPOINTS = "checkpoints"  # in the folder of a run
+QUALITY, STATE = "psnr", "state"
 
 
 class Checkpoints:
-    """Writes the state of a run while it goes on, and reads the newest one that is whole."""
+    """Writes the state of a run while it goes on, and reads any that is whole.
 
-    def __init__(self, folder: Path, keep: int):
+    With `keep`, so many of the newest stay, and the best one; without, nothing is written.
+    """
+
+    def __init__(self, folder: Path, keep: int | None = None):
+        self._folder = folder.absolute()
         policies = [
             LatestN(keep),
-            BestN(get_metric_fn=lambda metrics: metrics[QUALITY], n=1, keep_checkpoints_without_metrics=False),
+            BestN(get_metric_fn=quality_of, n=1, keep_checkpoints_without_metrics=False),
         ]
-        options = ocp.CheckpointManagerOptions(preservation_policy=AnyPreservationPolicy(policies))
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy(policies) if keep else None,
+            best_fn=quality_of,
+            read_only=keep is None,
+        )
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def close(self) -> None:
         """Waits until what was begun is written."""
         self._manager.close()
 
-    def save(self, step: int, state: Any, about: dict[str, Any], quality: float | None = None) -> None:
-        """Begins to write a state and what JSON says `about` it; an error of the write before this one is raised here.
+    def save(self, step: int, state: Any, quality: float | None = None) -> None:
+        """Begins to write a state; an error of the write before this one is raised here.
 
         `quality` is a PSNR in dB, by which the best one is kept.
         """
-        args = ocp.args.Composite(state=ocp.args.StandardSave(named_leaves(state)), about=ocp.args.JsonSave(about))
+        args = ocp.args.Composite(state=ocp.args.StandardSave(named_leaves(state)))
         self._manager.save(step, args=args, metrics=None if quality is None else {QUALITY: quality}, force=True)
 
     def wait(self) -> None:
@@ -43,17 +52,34 @@ class Checkpoints:
         """Gives the step of the newest checkpoint, None where there is none."""
         return self._manager.latest_step()
 
-    def restore(self, state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
-        """Reads a checkpoint, by default the newest, into the shape of `state`; gives it and what was said about it.
+    def best(self) -> int | None:
+        """Gives the step of the checkpoint of the best quality, of the newest where none was measured."""
+        return self._manager.best_step()
 
-        Raises ValueError where it is of another shape.
-        """
-        step = self.newest() if step is None else step
+    def restore(self, state: Any) -> Any:
+        """Reads the newest checkpoint in the shape of `state`; ValueError where it is of another."""
         names = named_leaves(jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(names), about=ocp.args.JsonRestore())
-        restored = self._manager.restore(step, args=args)
-        leaves = [restored["state"][name] for name in names]
-        return jax.tree.unflatten(jax.tree.structure(state), leaves), restored["about"]
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(names))
+        restored = self._manager.restore(self.newest(), args=args)[STATE]
+        return jax.tree.unflatten(jax.tree.structure(state), [restored[name] for name in names])
+
+    def restore_part(self, part: Any, step: int | None) -> Any:
+        """Reads of a checkpoint what `part` names and nothing else; FileNotFoundError where there is no such one."""
+        steps = self._manager.all_steps()
+        if step not in steps:
+            have = ", ".join(map(str, steps)) or "none"
+            raise FileNotFoundError(f"{self._folder}: has no checkpoint {step}, but {have}")
+        names = named_leaves(part)
+        args = ocp.args.PyTreeRestore(
+            names, restore_args=ocp.checkpoint_utils.construct_restore_args(names), partial_restore=True
+        )
+        restored = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(self._folder / str(step) / STATE, args=args)
+        return jax.tree.unflatten(jax.tree.structure(part), [restored[name] for name in names])
+
+
+def quality_of(metrics: dict[str, float]) -> float:
+    """Gives that by which checkpoints are compared."""
+    return metrics[QUALITY]
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from operator import attrgetter
+from typing import Any, Literal
 
 Gans = Literal["none", "frames", "causal"]
 Regularizers = Literal["none", "r1", "lecam"]
@@ -12,13 +14,15 @@ Model = Literal["tiny", "small", "full"]
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class ClipConfig:
     """What is drawn from the data: clips and images, at random places and moments."""
 
     frames: int = 17
     """frames of a clip, 8k + 1"""
     size: int = 256
     """height and width in pixels, a multiple of 8: a clip is scaled to cover it, and cropped"""
+    zoom: float = 1.0
+    """a clip is scaled up to so many times larger than that, at random, but not beyond its own size"""
     fps: float | None = None
     """frames per second of the clips drawn; None takes every frame"""
     batch: int = 8
@@ -74,7 +78,7 @@ class OptimizerConfig:
     final_learning_rate: float = 1e-5
     """at the last step"""
     warmup: int = 2000
-    """steps over which the learning rate rises from 0"""
+    """steps over which the learning rate rises, the first of which has an n-th of it"""
     beta1: float = 0.9
     beta2: float = 0.999
     weight_decay: float = 1e-3
@@ -111,7 +115,7 @@ class TrainConfig:
     """checkpoints to keep beside the best"""
     picture_every: int = 500
     """steps from one picture to the next"""
-    data: DataConfig = field(default_factory=DataConfig)
+    clips: ClipConfig = field(default_factory=ClipConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     gan: GanConfig = field(default_factory=GanConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -126,10 +130,34 @@ PRESETS = {
         remat=False,
         save_every=200,
         picture_every=200,
-        data=DataConfig(frames=9, size=64, batch=4, image_batch=16),
+        clips=ClipConfig(frames=9, size=64, zoom=4.0, batch=4, image_batch=16),
+        loss=LossConfig(lpips=0.0),
         gan=GanConfig(kind="none"),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup=100),
     ),
     "stage1": STAGE1,
-    "stage2": replace(STAGE1, data=replace(STAGE1.data, frames=57, batch=4, images=0.0)),
+    "stage2": replace(STAGE1, clips=replace(STAGE1.clips, frames=57, batch=4, images=0.0)),
 }
+
+
+COUNTS = "steps save_every keep picture_every clips.batch clips.image_batch optimizer.accumulate loss.lpips_frames"
+RULES: list[tuple[str, str, Callable[[Any], bool]]] = [
+    *((name, "at least 1", lambda value: value >= 1) for name in [*COUNTS.split(), "clips.zoom"]),
+    ("chunk", "a multiple of 8, or None", lambda value: value is None or (value >= 8 and value % 8 == 0)),
+    ("clips.frames", "8k + 1", lambda value: value >= 1 and value % 8 == 1),
+    ("clips.size", "a multiple of 8, at least 16", lambda value: value >= 16 and value % 8 == 0),
+    ("clips.fps", "above 0, or None", lambda value: value is None or value > 0),
+    ("clips.images", "from 0 to 1", lambda value: 0 <= value <= 1),
+    ("clips.workers", "at least 0", lambda value: value >= 0),
+    ("optimizer.learning_rate", "above 0", lambda value: value > 0),
+    ("optimizer.ema", "from 0 to 1", lambda value: 0 <= value <= 1),
+]
+
+
+def check(config: TrainConfig) -> None:
+    """Raises ValueError that lists all that a run cannot have."""
+    values = {name: attrgetter(name)(config) for name, *_ in RULES}
+    if wrong := [
+        f"{name} is {values[name]}, expected {rule}" for name, rule, holds in RULES if not holds(values[name])
+    ]:
+        raise ValueError(f"cannot train so: {'; '.join(wrong)}")

@@ -13,16 +13,16 @@ from pathlib import Path
 
 import numpy as np
 
-from flax_vae.io.manifest import Entry
+from flax_vae.io.manifest import Entry, whole_lines
 from flax_vae.io.video import draw_frames
-from flax_vae.train.config import DataConfig
+from flax_vae.train.config import ClipConfig
 
 TRIES = 64  # broken clips in a row after which it is the data set that is broken
 FAILURES = (ValueError, OSError)
 
 
 def batches(
-    entries: Sequence[Entry], config: DataConfig, seed: int, start: int = 0, broken: Path | None = None
+    entries: Sequence[Entry], config: ClipConfig, seed: int, start: int = 0, broken: Path | None = None
 ) -> Iterator[np.ndarray]:
     """Yields batches (B, T, H, W, 3) without end, from number `start` on; T is 1 for images.
 
@@ -35,7 +35,7 @@ def batches(
     videos = [entry for entry in entries if entry.kind == "video"]
     images = [entry for entry in entries if entry.kind == "image"] or videos
     if not videos and config.images < 1:
-        raise ValueError("there are images alone: give videos too, or train on images with --data.images 1")
+        raise ValueError("there are images alone: give videos too, or train on images with --clips.images 1")
 
     def drawn(kind: Sequence[Entry], frames: int, batch: int, number: int):
         draw = Draw(kind, config, frames, broken)
@@ -58,9 +58,10 @@ def batches(
 class Draw:
     """Draws frames of a clip: from a random moment on, at a random place, mirrored every second time."""
 
-    def __init__(self, entries: Sequence[Entry], config: DataConfig, frames: int, broken: Path | None):
+    def __init__(self, entries: Sequence[Entry], config: ClipConfig, frames: int, broken: Path | None):
         self.entries, self.config, self.frames, self.broken = entries, config, frames, broken
-        self._noted: set[Path] = set()
+        noted = whole_lines(broken) if broken else ()
+        self._noted = {next(iter(json.loads(line).values())) for line in noted}
 
     def __call__(self, entry: Entry, rng: np.random.Generator) -> np.ndarray:
         for _ in range(TRIES):
@@ -72,15 +73,15 @@ class Draw:
         raise ValueError(f"{TRIES} clips in a row cannot be read; the last one: {entry.path}")
 
     def _drawn(self, path: Path, rng: np.random.Generator) -> np.ndarray:
-        moment, down, across, mirrored = rng.random(4)
-        size, fps = (self.config.size, self.config.size), self.config.fps
-        frames = draw_frames(path, self.frames, size, moment, (down, across), fps)
+        moment, down, across, mirrored, zoomed = rng.random(5)
+        size, zoom = (self.config.size, self.config.size), self.config.zoom**zoomed
+        frames = draw_frames(path, self.frames, size, moment, (down, across), self.config.fps, zoom)
         return frames[:, :, ::-1] if self.config.flip and mirrored < 0.5 else frames
 
     def _note(self, entry: Entry, error: Exception) -> None:
-        if self.broken is None or entry.path in self._noted:
+        if self.broken is None or str(entry.path) in self._noted:
             return
-        self._noted.add(entry.path)
+        self._noted.add(str(entry.path))
         line = json.dumps({entry.kind: str(entry.path), "error": str(error)}) + "\n"
         with open(self.broken, "ab", buffering=0) as file:  # in one piece: several processes write it
             file.write(line.encode())

@@ -5,7 +5,8 @@ Both give logits (B, T', H', W', 1), high for what looks like a clip.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import jax
@@ -13,10 +14,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
+from flax_vae.io import port
+from flax_vae.io.checkpoint import open_checkpoint
+from flax_vae.io.files import PathLike
+from flax_vae.io.weights import Arrays, Spec
 from flax_vae.layers.conv import CausalConv3d, Clip, FrameConv, wide_dtype
 from flax_vae.layers.norm import CausalGroupNorm
 
 WIDTHS = (64, 128, 256, 512)
+IN_TRAINING = re.compile(r"((?:module\.)*)loss\.discriminator\.")
+KERNEL = re.compile(r"(?:module\.)*main\.(\d+)\.weight")
 
 
 class PatchDiscriminator(nnx.Module):
@@ -32,6 +39,23 @@ class PatchDiscriminator(nnx.Module):
             stride = 1 if i == len(widths) else 2
             layers += [FrameConv(*pair, 4, stride, 1, rngs=rngs), InstanceNorm(), LeakyRelu()]
         self.main = nnx.List([*layers, FrameConv(widths[-1], 1, 4, 1, 1, rngs=rngs)])
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_name: PathLike) -> PatchDiscriminator:
+        """Loads the discriminator of a checkpoint, with as many convolutions and as wide ones as its tensors show.
+
+        Its keys are main.0.weight and so on; in a training checkpoint, those under loss.discriminator. Raises
+        FileNotFoundError where there is no such checkpoint, ValueError for a damaged file or for tensors that are not
+        exactly those of a discriminator; all of them are listed.
+        """
+        with open_checkpoint(path_or_hub_name) as source:
+            shapes = source.shapes()
+            names = [name for name in shapes if IN_TRAINING.match(name)] or list(shapes)
+            keys = {IN_TRAINING.sub(r"\1", name): name for name in names}
+            widths = kernel_widths({key: shapes[name] for key, name in keys.items()})
+            module = nnx.eval_shape(lambda: cls(widths, rngs=nnx.Rngs(0)))
+            port.load(module, Arrays({key: source.read(name) for key, name in keys.items()}))
+        return module
 
     def __call__(self, x: Clip) -> Clip:
         """Judges (B, T, H, W, 3), pixels in [-1, 1]; ValueError for frames that are too small."""
@@ -82,6 +106,15 @@ class InstanceNorm(nnx.Module):
         centred = wide - wide.mean(axis=(2, 3), keepdims=True)
         variance = jnp.square(centred).mean(axis=(2, 3), keepdims=True)
         return (centred * jax.lax.rsqrt(variance + 1e-5)).astype(x.dtype)
+
+
+def kernel_widths(shapes: Mapping[str, Spec]) -> list[int]:
+    """Gives the channels that come out of each convolution but the last; ValueError where there are none."""
+    places = {int(found[1]): shape for key, (shape, _) in shapes.items() if (found := KERNEL.fullmatch(key))}
+    widths = [places[place][0] for place in sorted(places) if len(places[place]) == 4][:-1]
+    if min(widths, default=0) < 1:
+        raise ValueError(f"no discriminator, whose kernels would be main.0.weight and so on, among {[*shapes][:9]}")
+    return widths
 
 
 def leaky_relu(x: Clip) -> Array:

@@ -1,10 +1,15 @@
-"""A training run in a folder: config.json, checkpoints, metrics.jsonl, broken.jsonl, pictures; it goes on by itself."""
+"""A training run in a folder: config.json, checkpoints, metrics.jsonl, broken.jsonl, pictures; it goes on by itself.
+
+B batch, T frames, H W pixels.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import json
+import logging
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -12,26 +17,30 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flax_vae.io.files import locked, replacing
-from flax_vae.io.manifest import read_entries
-from flax_vae.io.picture import contact_sheet, psnr
+from flax_vae.io.checkpoint import open_checkpoint
+from flax_vae.io.files import PathLike, locked, replacing
+from flax_vae.io.manifest import as_json, read_entries
 from flax_vae.io.pixels import to_float
 from flax_vae.models.config import VAEConfig
 from flax_vae.models.vae import CausalVideoVAE
-from flax_vae.train.checkpoints import Checkpoints
-from flax_vae.train.config import TrainConfig
+from flax_vae.train.checkpoints import CHECKPOINTS, Checkpoints
+from flax_vae.train.config import TrainConfig, check
 from flax_vae.train.data import batches
 from flax_vae.train.log import MetricsLog
 from flax_vae.train.lpips import LPIPS
+from flax_vae.train.report import keep_picture
+from flax_vae.train.result import MODEL
 from flax_vae.train.step import Trainer
 
 SKIPPED = 5  # steps in a row that are not finite, after which the run goes back to its last checkpoint
 RETURNS = 3  # how often it may go back without a good step between
 PICTURES = 2  # clips that are looked at while training
-CONFIG, METRICS, BROKEN, CHECKPOINTS = "config.json", "metrics.jsonl", "broken.jsonl", "checkpoints"
+CONFIG, METRICS, BROKEN = "config.json", "metrics.jsonl", "broken.jsonl"
+LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,11 @@ class Record:
     seconds: float
     waited: float
 
+    @property
+    def speed(self) -> dict[str, float]:
+        """Frames per second, and the share of the time that was spent waiting for data."""
+        return {"frames_per_second": self.frames / self.seconds, "waited": self.waited / self.seconds}
+
 
 class Run:
     """A run in the folder `out`: begun there, or gone on with where its last checkpoint is.
@@ -53,8 +67,11 @@ class Run:
     nothing to train on.
     """
 
-    def __init__(self, config: TrainConfig, source: Path, out: Path):
-        self.config, self.source, self.out = config, source, out
+    def __init__(self, config: TrainConfig, source: PathLike, out: PathLike):
+        self.config, self.source, self.out = config, Path(source), Path(out)
+        check(config)
+        if self.out.absolute().is_relative_to(self.source.absolute()):
+            raise ValueError(f"{out}: lies in the data; train into another folder")
         self.entries = read_entries(source)
 
     def __enter__(self) -> Run:
@@ -70,19 +87,27 @@ class Run:
         self._stack.close()
 
     def _begin(self, stack: contextlib.ExitStack) -> None:
-        self._keep_config()
+        check_config(self.out / CONFIG, self.settings)
+        self._look_at_data()
         lpips = LPIPS.from_pretrained() if self.config.loss.lpips else None
-        self.trainer = Trainer(self.config, first_model(self.config), lpips)
+        vae = first_model(self.config)
+        self.trainer = Trainer(self.config, vae, lpips)
+        keep_json(self.out / CONFIG, self.settings)
+        keep_json(self.out / MODEL, vae.config.to_dict())
         self.state = self.trainer.start()
         self.checkpoints = Checkpoints(self.out / CHECKPOINTS, self.config.keep)
         stack.callback(self.checkpoints.close)
-        if self.checkpoints.newest() is not None:
-            self.state, _ = self.checkpoints.restore(self.state)
+        self._saved = self.checkpoints.newest()
+        if self._saved is not None:
+            self.state = self.checkpoints.restore(self.state)
         self.log = MetricsLog(self.out / METRICS, self.step)
         stack.callback(self.log.close)
-        self.shown = self._clips_to_show()
-        if self.step == 0:
-            self.save()
+        self.save()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that decides over the run."""
+        return {**dataclasses.asdict(self.config), "source": str(self.source.absolute())}
 
     @property
     def step(self) -> int:
@@ -91,7 +116,7 @@ class Run:
 
     def steps(self) -> Iterator[Record]:
         """Trains to the last step and yields what each has measured; saves and draws as often as the config says."""
-        data = batches(self.entries, self.config.data, self.config.seed, self.step, self.out / BROKEN)
+        data = batches(self.entries, self.config.clips, self.config.seed, self.step, self.out / BROKEN)
         returns = 0
         for step in range(self.step, self.config.steps):
             began = time.perf_counter()
@@ -101,14 +126,15 @@ class Run:
             self.state, metrics = self.trainer.step(self.state, frames, with_gan=with_gan)
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             record = Record(step, values, frames.shape[0] * frames.shape[1], time.perf_counter() - began, waited)
-            speed = {"frames_per_second": record.frames / record.seconds, "waited": waited / record.seconds}
-            self.log.add(step, values | speed)
+            self.log.add(step, values | record.speed)
             yield record
             returns = self._after(step + 1, values, returns)
 
     def save(self, quality: float | None = None) -> None:
-        """Begins to write a checkpoint of the state as it is."""
-        self.checkpoints.save(self.step, self.state, {"config": dataclasses.asdict(self.config)}, quality)
+        """Begins to write a checkpoint of the state as it is, if there is none yet."""
+        if self._saved != self.step:
+            self.checkpoints.save(self.step, self.state, quality)
+            self._saved = self.step
 
     def _after(self, done: int, values: dict[str, float], returns: int) -> int:
         """Goes back where it must; saves and draws where it is time. Gives how often the run has gone back in a row."""
@@ -117,7 +143,7 @@ class Run:
                 raise ValueError(f"{self.out}: losses are not finite; lower the learning rate, or use float32")
             self._go_back()
             return returns + 1
-        quality = self.draw() if done % self.config.picture_every == 0 else None
+        quality = self.draw() if done % self.config.picture_every == 0 or done == self.config.steps else None
         if quality is not None or done % self.config.save_every == 0:
             self.save(quality)
         return 0 if values["skipped"] == 0 else returns
@@ -125,39 +151,47 @@ class Run:
     def _go_back(self) -> None:
         """Takes all but the place in the data from the last checkpoint."""
         self.checkpoints.wait()
-        before, _ = self.checkpoints.restore(self.state)
+        before = self.checkpoints.restore(self.state)
+        LOGGER.warning(
+            "%s: %d steps in a row were not finite; going back to the weights of step %d",
+            *(self.out, SKIPPED, int(before.step)),
+        )
         self.state = replace(before, step=self.state.step)
         self.save()
 
     def draw(self) -> float:
         """Draws input, reconstruction and difference of the clips that are shown, by the averaged weights; gives dB."""
         vae = self.trainer.vae(self.state.average)
-        again = np.concatenate([np.asarray(reconstruct(vae, to_float(clip[None]))) for clip in self.shown])
-        shown = to_float(self.shown)
-        folder = self.out / "pictures"
-        folder.mkdir(exist_ok=True)
-        before, after = (x.reshape(-1, *x.shape[2:]) for x in (shown, again))
-        contact_sheet(folder / f"{self.step:08d}.png", before, after, f"step {self.step}")
-        return psnr(shown, np.clip(again, -1, 1))
+        again = [np.asarray(reconstruct(vae, to_float(clip[None]))) for clip in self.shown]
+        return keep_picture(self.out, self.step, to_float(self.shown), np.clip(np.concatenate(again), -1, 1))
 
-    def _clips_to_show(self) -> np.ndarray:
-        settings = replace(self.config.data, batch=PICTURES, images=0.0, workers=0, flip=False)
-        return next(batches(self.entries, settings, self.config.seed + 1))
+    def _look_at_data(self) -> None:
+        """Draws the clips to show, which fails where none can be read, and takes the time of it."""
+        images = float(all(entry.kind == "image" for entry in self.entries))
+        settings = replace(
+            self.config.clips, batch=PICTURES, image_batch=PICTURES, images=images, workers=0, flip=False
+        )
+        began = time.perf_counter()
+        self.shown = next(batches(self.entries, settings, self.config.seed + 1))
+        self.readers = self.config.clips.workers or os.cpu_count() or 1
+        self.frames_per_second = self.shown.shape[0] * self.shown.shape[1] / (time.perf_counter() - began)
 
-    def _keep_config(self) -> None:
-        """Writes the config, or makes sure that it is the one with which the folder was begun."""
-        path, ours = self.out / CONFIG, {**dataclasses.asdict(self.config), "source": str(self.source.absolute())}
-        ours = json.loads(json.dumps(ours))
-        if not path.exists():
-            with replacing(path) as part:
-                part.write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")
-            return
-        before, now = flat(json.loads(path.read_text(encoding="utf-8"))), flat(ours)
-        if changed := [name for name, value in now.items() if before.get(name) != value]:
-            listed = "; ".join(f"{name} was {before.get(name)}, now {now[name]}" for name in changed)
-            raise ValueError(
-                f"{self.out}: holds a run of another config ({listed}): go on as begun, or write elsewhere"
-            )
+
+def check_config(path: Path, settings: dict[str, Any]) -> None:
+    """Raises ValueError where the file holds another config than this one."""
+    if not path.exists():
+        return
+    before, now = (flat(values) for values in (json.loads(path.read_text(encoding="utf-8")), as_json(settings)))
+    if changed := [name for name in before | now if before.get(name) != now.get(name)]:
+        listed = "; ".join(f"{name} was {before.get(name)}, now {now.get(name)}" for name in changed)
+        raise ValueError(f"{path.parent}: holds a run of another config ({listed}): go on as begun, or write elsewhere")
+
+
+def keep_json(path: Path, values: dict[str, Any]) -> None:
+    """Writes a file where there is none."""
+    if not path.exists():
+        with replacing(path) as part:
+            part.write_text(json.dumps(as_json(values), indent=2) + "\n", encoding="utf-8")
 
 
 @nnx.jit
@@ -168,10 +202,12 @@ def reconstruct(vae: CausalVideoVAE, clip: Any) -> jax.Array:
 
 def first_model(config: TrainConfig) -> CausalVideoVAE:
     """Gives the model that a run starts from."""
-    if config.init is not None:
-        return CausalVideoVAE.from_pretrained(config.init)
-    settings: VAEConfig = getattr(VAEConfig, config.model)()
-    return CausalVideoVAE(replace(settings, remat=config.remat), rngs=nnx.Rngs(config.seed))
+    if config.init is None:
+        settings: VAEConfig = getattr(VAEConfig, config.model)()
+        return CausalVideoVAE(replace(settings, remat=config.remat), rngs=nnx.Rngs(config.seed))
+    with open_checkpoint(config.init) as source:
+        settings = replace(VAEConfig.from_dict(source.config()), remat=config.remat)
+    return CausalVideoVAE.from_pretrained(config.init, jnp.float32, settings)
 
 
 def flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:

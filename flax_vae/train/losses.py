@@ -6,6 +6,7 @@ training; R1 and LeCam are additions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -55,7 +56,7 @@ def r1(discriminator: Callable[[Clip], Array], clips: Clip) -> Scalar:
     The logits of a clip are summed, the results of clips averaged.
     """
     gradient = jax.grad(lambda x: jnp.sum(discriminator(x), dtype=wide_dtype(x)))(clips)
-    return 0.5 * jnp.sum(jnp.square(gradient), dtype=wide_dtype(clips)) / clips.shape[0]
+    return 0.5 * math.prod(clips.shape[1:]) * mean(jnp.square(gradient))
 
 
 def lecam(real: Array, fake: Array, usual_real: Array, usual_fake: Array) -> Scalar:
@@ -66,6 +67,12 @@ def lecam(real: Array, fake: Array, usual_real: Array, usual_fake: Array) -> Sca
     return mean(jnp.square(jax.nn.relu(real - usual_fake))) + mean(jnp.square(jax.nn.relu(usual_real - fake)))
 
 
-def mean(values: Array) -> Scalar:
-    """Averages in float32 or better."""
-    return jnp.mean(values, dtype=wide_dtype(values))
+def mean(values: Array, axes: int | None = None) -> Array:
+    """Averages over the last `axes`, or all, in float32 or better.
+
+    One axis after the other: sums of sums round less than one long sum.
+    """
+    values = values.astype(wide_dtype(values))
+    for _ in range(values.ndim if axes is None else axes):
+        values = values.mean(axis=-1)
+    return values

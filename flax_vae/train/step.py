@@ -8,9 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, UInt8
 
 from flax_vae.models.vae import CausalVideoVAE
 from flax_vae.train import losses
@@ -19,7 +20,7 @@ from flax_vae.train.discriminator import CausalPatchDiscriminator, PatchDiscrimi
 from flax_vae.train.lpips import LPIPS
 from flax_vae.train.optimizer import moved_average, optimizer, schedule, updates
 
-Frames = UInt8[Array, "b t h w 3"]
+Frames = UInt8[ArrayLike, "b t h w 3"] | Float[ArrayLike, "b t h w 3"]
 Metrics = dict[str, Float[Array, ""]]
 DISCRIMINATORS = {"frames": PatchDiscriminator, "causal": CausalPatchDiscriminator}
 LECAM_DECAY = 0.99
@@ -42,25 +43,43 @@ class TrainState:
 
 
 class Trainer:
-    """Builds a run's models and makes its steps; holds nothing that changes."""
+    """Builds a run's models and makes its steps; holds nothing that changes.
 
-    def __init__(self, config: TrainConfig, vae: CausalVideoVAE, lpips: LPIPS | None = None):
-        self.config, self.lpips = config, lpips
-        vae.train()
-        self.structure, self._parameters, self._counts, self._constants = nnx.split(vae, nnx.Param, nnx.RngCount, ...)
+    The discriminator starts from the one given, else from random weights; `compiler_options` are those of `jax.jit`.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        vae: CausalVideoVAE,
+        lpips: LPIPS | None = None,
+        discriminator: nnx.Module | None = None,
+        compiler_options: dict[str, Any] | None = None,
+    ):
+        self.config = config
+        self.dtype = jnp.dtype(config.precision)
+        self.wide = np.promote_types(self.dtype, np.float32)  # of losses and of their gradients by the reconstruction
         self.optimizer = optimizer(config.optimizer, config.steps)
         self.schedule = schedule(config.optimizer, config.steps)
-        self.judge: Any = None
+        vae.train()
+        self.structure, self._parameters, self._counts, self._constants = nnx.split(vae, nnx.Param, nnx.RngCount, ...)
+        self._lpips: Any = None
+        self._lpips_weights: Any = None
+        if lpips is not None:
+            self._lpips, self._lpips_weights = nnx.split(lpips)
+        self._judge: Any = None
         self._judge_parameters: Any = None
         if config.gan.kind != "none":
-            judge = DISCRIMINATORS[config.gan.kind](rngs=nnx.Rngs(config.seed + 1))
-            self.judge, self._judge_parameters = nnx.split(judge, nnx.Param)
-        self.step = jax.jit(self._step, static_argnames="with_gan", donate_argnames="state")
+            judge = discriminator or DISCRIMINATORS[config.gan.kind](rngs=nnx.Rngs(config.seed + 1))
+            self._judge, self._judge_parameters = nnx.split(judge, nnx.Param)
+        self._compiled = jax.jit(
+            self._step, static_argnames="with_gan", donate_argnames="state", compiler_options=compiler_options
+        )
 
     def start(self) -> TrainState:
         """Gives the state before the first step."""
         copy = partial(jax.tree.map, jnp.copy)
-        with_judge = self.judge is not None
+        with_judge = self._judge is not None
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             parameters=copy(self._parameters),
@@ -69,9 +88,16 @@ class Trainer:
             random_counts=copy(self._counts),
             discriminator=copy(self._judge_parameters) if with_judge else None,
             discriminator_optimizer=self.optimizer.init(self._judge_parameters) if with_judge else None,
-            usual_logits=(jnp.zeros(()), jnp.zeros(())) if with_judge else None,
+            usual_logits=(jnp.zeros((), self.wide), jnp.zeros((), self.wide)) if with_judge else None,
             skipped=jnp.zeros((), jnp.int32),
         )
+
+    def step(self, state: TrainState, frames: Frames, *, with_gan: bool) -> tuple[TrainState, Metrics]:
+        """Takes a step on a batch of pixels, uint8 or in [-1, 1]; gives the state after it and what it has measured.
+
+        The state given is used up: its memory becomes that of the one after.
+        """
+        return self._compiled(state, self._lpips_weights, frames, with_gan=with_gan)
 
     def vae(self, parameters: Any) -> CausalVideoVAE:
         """Gives the model with these parameters, for inference."""
@@ -79,12 +105,11 @@ class Trainer:
         vae.eval()
         return vae
 
-    def _step(self, state: TrainState, frames: Frames, with_gan: bool) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
-        video = frames.astype(jnp.float32) / 127.5 - 1
+    def _step(self, state: TrainState, lpips: Any, frames: Array, with_gan: bool) -> tuple[TrainState, Metrics]:
+        video, key = pixels(frames, self.wide), noise_key(self.config.seed, state.step)
         reconstruct = partial(self._reconstruct, counts=state.random_counts, video=video, key=key)
         (again, kl), pull, counts = jax.vjp(reconstruct, state.parameters, has_aux=True)
-        total, metrics, gradient = self._reconstruction_loss(again, video)
+        total, metrics, gradient = self._reconstruction_loss(lpips, again, video)
         metrics |= {"kl": kl}
         judged = state
         if with_gan:
@@ -99,23 +124,21 @@ class Trainer:
         return self._accepted(state, judged, parameters, moments, counts, metrics)
 
     def _reconstruct(self, parameters, counts, video, key):
-        dtype = jnp.dtype(self.config.precision)
-        cast = partial(jax.tree.map, lambda leaf: leaf.astype(dtype))
-        vae = nnx.merge(self.structure, cast(parameters), counts, self._constants, copy=True)
+        vae = nnx.merge(self.structure, cast(parameters, self.dtype), counts, self._constants, copy=True)
         posterior = vae.encode(video, self.config.chunk)
         latents = posterior.sample(key)
         chunk = self.config.chunk and self.config.chunk // vae.config.temporal_factor
-        again = vae.decode(latents, chunk).astype(jnp.float32)
+        again = vae.decode(latents, chunk).astype(self.wide)
         return (again, posterior.kl()), nnx.state(vae, nnx.RngCount)
 
-    def _reconstruction_loss(self, again, video):
+    def _reconstruction_loss(self, lpips, again, video):
         """Gives the loss, its terms, and its gradient by the reconstruction."""
         weights = self.config.loss
 
         def loss(again):
             terms = {"mse": losses.mse(again, video), "l1": losses.l1(again, video)}
-            if self.lpips is not None:
-                terms["lpips"] = self.lpips(again, video, weights.lpips_frames).mean()
+            if lpips is not None:
+                terms["lpips"] = nnx.merge(self._lpips, lpips)(again, video, weights.lpips_frames).mean()
             return sum(getattr(weights, name) * term for name, term in terms.items()), terms
 
         (total, terms), gradient = jax.value_and_grad(loss, has_aux=True)(again)
@@ -125,51 +148,50 @@ class Trainer:
         """Gives the weight of the GAN's loss, that loss, and its gradient by the reconstruction."""
 
         def loss(again):
-            return losses.hinge_generator(self._judge(state.discriminator, again))
+            return losses.hinge_generator(self._logits(state.discriminator, again))
 
         gan, gan_gradient = jax.value_and_grad(loss)(again)
-        nothing = jnp.zeros((), jnp.result_type(gan))
+        nothing = jnp.zeros((), gan.dtype)
         last = [pull((g, nothing))[0]["decoder"]["conv_out"]["conv"]["kernel"][...] for g in (gradient, gan_gradient)]
         return self.config.gan.weight * losses.adaptive_weight(*last), gan, gan_gradient
 
-    def _judge(self, parameters, clips):
+    def _logits(self, parameters, clips):
         """Gives the discriminator's logits, computed in the run's precision."""
-        dtype = jnp.dtype(self.config.precision)
-        judge = nnx.merge(self.judge, jax.tree.map(lambda leaf: leaf.astype(dtype), parameters))
-        return judge(clips.astype(dtype)).astype(jnp.float32)
+        judge = nnx.merge(self._judge, cast(parameters, self.dtype))
+        return judge(clips.astype(self.dtype)).astype(self.wide)
 
     def _judge_step(self, state, again, video):
         """Gives the state with the discriminator after its step, and its losses."""
-        settings = self.config.gan
-
-        def loss(parameters):
-            real, fake = (self._judge(parameters, clips) for clips in (video, again))
-            hinge, extra = losses.hinge_discriminator(real, fake), jnp.zeros(())
-            if settings.regularizer == "r1":
-                extra = losses.r1(lambda x: self._judge(parameters, x), video)
-            elif settings.regularizer == "lecam":
-                extra = losses.lecam(real, fake, *state.usual_logits)
-            return hinge + settings.regularizer_weight * extra, (hinge, extra, real.mean(), fake.mean())
-
-        (_, (hinge, extra, *logits)), gradients = jax.value_and_grad(loss, has_aux=True)(state.discriminator)
+        (_, (hinge, extra, *logits)), gradients = jax.value_and_grad(self._judge_loss, has_aux=True)(
+            state.discriminator, state.usual_logits, again, video
+        )
         changes, moments = self.optimizer.update(gradients, state.discriminator_optimizer, state.discriminator)
         usual = tuple(LECAM_DECAY * u + (1 - LECAM_DECAY) * x for u, x in zip(state.usual_logits, logits, strict=True))
+        metrics = {"discriminator": hinge, "logits_real": logits[0], "logits_fake": logits[1], **extra}
         state = replace(
             state,
             discriminator=optax.apply_updates(state.discriminator, changes),
             discriminator_optimizer=moments,
             usual_logits=usual,
         )
-        norm = optax.global_norm(gradients)
-        metrics = {"discriminator": hinge, "logits_real": logits[0], "logits_fake": logits[1]}
-        if settings.regularizer != "none":
-            metrics[settings.regularizer] = extra
-        return state, metrics | {"discriminator_gradient_norm": norm}
+        return state, metrics | {"discriminator_gradient_norm": optax.global_norm(gradients)}
+
+    def _judge_loss(self, parameters, usual_logits, again, video):
+        """Gives what the discriminator minimises; its hinge loss, its regularizer by name, and its mean logits."""
+        name, weight = self.config.gan.regularizer, self.config.gan.regularizer_weight
+        real, fake = (self._logits(parameters, clips) for clips in (video, again))
+        hinge, extra = losses.hinge_discriminator(real, fake), {}
+        if name == "r1":
+            extra = {name: losses.r1(partial(self._logits, parameters), video)}
+        elif name == "lecam":
+            extra = {name: losses.lecam(real, fake, *usual_logits)}
+        total = hinge + weight * sum(extra.values())
+        return total, (hinge, extra, real.mean(), fake.mean())
 
     def _accepted(self, state, judged, parameters, moments, counts, metrics):
         """Gives the state after a step; where anything is not finite, the one before it, with its step counted."""
-        is_finite = jnp.isfinite(jnp.stack([jnp.asarray(value, jnp.float32) for value in metrics.values()])).all()
-        before, now = updates(state.optimizer), updates(moments)
+        is_finite = jnp.stack([jnp.isfinite(value) for value in metrics.values()]).all()
+        before, now = (updates(moments).astype(float) for moments in (state.optimizer, moments))
         # early on, the average of few steps rather than of the random start
         decay = jnp.where(now > before, jnp.minimum(self.config.optimizer.ema, (1 + now) / (10 + now)), 1.0)
         after = replace(
@@ -179,6 +201,25 @@ class Trainer:
             optimizer=moments,
             random_counts=counts,
         )
-        kept = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), after, state)
+        kept = jax.tree.map(partial(jnp.where, is_finite), after, state)
         kept = replace(kept, step=state.step + 1, skipped=jnp.where(is_finite, 0, state.skipped + 1))
         return kept, metrics | {"learning_rate": self.schedule(before), "skipped": kept.skipped}
+
+
+def noise_key(seed: int, step: ArrayLike) -> PRNGKeyArray:
+    """Gives the key with which a step samples the posterior."""
+    return jax.random.fold_in(jax.random.key(seed), step)
+
+
+def pixels(frames: Array, dtype: np.dtype) -> Array:
+    """Gives pixels in [-1, 1]; ValueError for integers that are not uint8."""
+    if frames.dtype == jnp.uint8:
+        return frames.astype(dtype) / 127.5 - 1
+    if not jnp.issubdtype(frames.dtype, jnp.floating):
+        raise ValueError(f"expected frames as uint8 or as floats in [-1, 1], got {frames.dtype}")
+    return frames.astype(dtype)
+
+
+def cast(parameters: Any, dtype: np.dtype) -> Any:
+    """Gives the parameters in another precision."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), parameters)

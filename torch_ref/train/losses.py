@@ -1,5 +1,7 @@
 """The terms of the training loss. Clips are B C T H W; logits have any shape."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,8 +30,8 @@ def adaptive_weight(reconstruction: Tensor, gan: Tensor, last_kernel: Tensor) ->
     return (first / (second + 1e-4)).clamp(0, 1e4).detach()
 
 
-def r1(discriminator, clips: Tensor) -> Tensor:
-    clips = clips.detach().requires_grad_()
+def r1(discriminator: Callable[[Tensor], Tensor], clips: Tensor) -> Tensor:
+    """Half the squared length of the logits' gradient by a clip, averaged over clips, which must require a gradient."""
     (gradient,) = torch.autograd.grad(discriminator(clips).sum(), clips, create_graph=True)
     return gradient.square().sum() / (2 * len(clips))
 

@@ -1,0 +1,56 @@
+"""A page of words, pictures and plots, placed in inches from the top left, as a PNG."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flax_vae.io.files import PathLike, replacing
+from flax_vae.io.picture import FAINT, INK
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+GRID = "#e8e8e8"
+
+
+class Page:
+    """A white page of some inches, on which things are placed by their top left corners."""
+
+    def __init__(self, width: float, height: float):
+        from matplotlib.figure import Figure
+
+        self.width, self.height = width, height
+        self.figure = Figure(figsize=(width, height), dpi=120, facecolor="white")
+
+    def text(self, x: float, y: float, words: str, **style: Any) -> None:
+        """Writes words as they are: a $ in a file name is a $."""
+        style = {"size": 9, "color": INK, "va": "top", "parse_math": False} | style
+        self.figure.text(x / self.width, 1 - y / self.height, words, **style)
+
+    def axes(self, x: float, y: float, width: float, height: float) -> Axes:
+        """Makes axes."""
+        place = (x / self.width, 1 - (y + height) / self.height, width / self.width, height / self.height)
+        return self.figure.add_axes(place)
+
+    def picture(self, x: float, y: float, width: float, height: float, pixels: np.ndarray) -> None:
+        """Shows a picture, (H, W, 3)."""
+        axes = self.axes(x, y, width, height)
+        axes.imshow(pixels, aspect="auto")
+        axes.set_axis_off()
+
+    def plot(self, x: float, y: float, width: float, height: float, title: str) -> Axes:
+        """Makes axes for curves, with a title above and a light grid."""
+        axes = self.axes(x, y, width, height)
+        axes.tick_params(labelsize=8, colors=FAINT, length=0)
+        axes.grid(color=GRID, linewidth=0.7)
+        axes.set_axisbelow(True)
+        axes.spines[:].set_visible(False)
+        axes.set_title(title, loc="left", size=9, color=INK)
+        return axes
+
+    def save(self, path: PathLike) -> None:
+        """Writes the page to a PNG file, which takes its name when it is complete."""
+        with replacing(path) as part:
+            self.figure.savefig(part, format="png")
