@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tyro.conf import OmitArgPrefixes, arg
+from tyro.conf import arg
 
 from flax_vae.cli.screen import note
 from flax_vae.train.config import PRESETS, TrainConfig
@@ -46,7 +46,7 @@ def with_preset(args: Sequence[str]) -> Callable[..., None]:
     chosen: Any = named[-1] if named and named[-1] in PRESETS else "tiny"
 
     def train(
-        data: Data, out: Out, preset: Preset = chosen, config: OmitArgPrefixes[TrainConfig] = PRESETS[chosen]
+        data: Data, out: Out, preset: Preset = chosen, config: Annotated[TrainConfig, arg(name="")] = PRESETS[chosen]
     ) -> None:
         run(config, data, out)
 

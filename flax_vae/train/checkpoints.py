@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 CHECKPOINTS = "checkpoints"  # in the folder of a run
 QUALITY, STATE = "psnr", "state"
+UNKNOWN = -math.inf
 
 
 class Checkpoints:
@@ -21,10 +23,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int | None = None):
         self._folder = folder.absolute()
-        policies = [
-            LatestN(keep),
-            BestN(get_metric_fn=quality_of, n=1, keep_checkpoints_without_metrics=False),
-        ]
+        policies = [LatestN(keep), BestN(get_metric_fn=quality_of, n=1)]
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(policies) if keep else None,
             best_fn=quality_of,
@@ -36,13 +35,13 @@ class Checkpoints:
         """Waits until what was begun is written."""
         self._manager.close()
 
-    def save(self, step: int, state: Any, quality: float | None = None) -> None:
+    def save(self, step: int, state: Any, quality: float = UNKNOWN) -> None:
         """Begins to write a state; an error of the write before this one is raised here.
 
-        `quality` is a PSNR in dB, by which the best one is kept.
+        `quality` is a PSNR in dB, by which the best one is kept; one of unknown quality is no better than any other.
         """
         args = ocp.args.Composite(state=ocp.args.StandardSave(named_leaves(state)))
-        self._manager.save(step, args=args, metrics=None if quality is None else {QUALITY: quality}, force=True)
+        self._manager.save(step, args=args, metrics={QUALITY: quality}, force=True)
 
     def wait(self) -> None:
         """Waits until what was begun is written; raises its error."""
@@ -53,7 +52,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def best(self) -> int | None:
-        """Gives the step of the checkpoint of the best quality, of the newest where none was measured."""
+        """Gives the step of the checkpoint of the best quality, None where there is none."""
         return self._manager.best_step()
 
     def restore(self, state: Any) -> Any:

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from flax_vae.train.config import ClipConfig
 
 TRIES = 64  # broken clips in a row after which it is the data set that is broken
 FAILURES = (ValueError, OSError)
+ENDLESS = 1 << 50  # clips; grain's own endless repetition is too long to be mixed
 
 
 def batches(
@@ -39,7 +41,8 @@ def batches(
 
     def drawn(kind: Sequence[Entry], frames: int, batch: int, number: int):
         draw = Draw(kind, config, frames, broken)
-        return grain.MapDataset.source(list(kind)).seed(seed + number).shuffle().repeat().random_map(draw).batch(batch)
+        source = grain.MapDataset.source(list(kind)).seed(seed + number).shuffle()
+        return source.repeat(-(-ENDLESS // len(kind))).random_map(draw).batch(batch)
 
     parts = [(drawn(videos, config.frames, config.batch, 0), 1 - config.images)] if config.images < 1 else []
     parts += [(drawn(images, 1, config.image_batch, 1), config.images)] if config.images > 0 else []
@@ -49,10 +52,18 @@ def batches(
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     ordered = mixed.to_iter_dataset(options)
     if config.workers:
-        ordered = ordered.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=2)
-        )
+        mark_flags_as_parsed()
+        workers = grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=2)
+        ordered = ordered.mp_prefetch(workers, worker_init_fn=mark_flags_as_parsed)
     return iter(ordered)
+
+
+def mark_flags_as_parsed(*_: Any) -> None:
+    """Lets grain read its own settings, which it takes for a command line's."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
 
 
 class Draw:

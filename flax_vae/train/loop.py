@@ -27,7 +27,7 @@ from flax_vae.io.manifest import as_json, read_entries
 from flax_vae.io.pixels import to_float
 from flax_vae.models.config import VAEConfig
 from flax_vae.models.vae import CausalVideoVAE
-from flax_vae.train.checkpoints import CHECKPOINTS, Checkpoints
+from flax_vae.train.checkpoints import CHECKPOINTS, UNKNOWN, Checkpoints
 from flax_vae.train.config import TrainConfig, check
 from flax_vae.train.data import batches
 from flax_vae.train.log import MetricsLog
@@ -55,8 +55,9 @@ class Record:
 
     @property
     def speed(self) -> dict[str, float]:
-        """Frames per second, and the share of the time that was spent waiting for data."""
-        return {"frames_per_second": self.frames / self.seconds, "waited": self.waited / self.seconds}
+        """Seconds, frames per second, and the share of the time that was spent waiting for data."""
+        speed, waited = self.frames / self.seconds, self.waited / self.seconds
+        return {"seconds": self.seconds, "frames_per_second": speed, "waited": waited}
 
 
 class Run:
@@ -102,7 +103,8 @@ class Run:
             self.state = self.checkpoints.restore(self.state)
         self.log = MetricsLog(self.out / METRICS, self.step)
         stack.callback(self.log.close)
-        self.save()
+        if self._saved is None:
+            self.save(self.draw())
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -130,7 +132,7 @@ class Run:
             yield record
             returns = self._after(step + 1, values, returns)
 
-    def save(self, quality: float | None = None) -> None:
+    def save(self, quality: float = UNKNOWN) -> None:
         """Begins to write a checkpoint of the state as it is, if there is none yet."""
         if self._saved != self.step:
             self.checkpoints.save(self.step, self.state, quality)
@@ -143,9 +145,9 @@ class Run:
                 raise ValueError(f"{self.out}: losses are not finite; lower the learning rate, or use float32")
             self._go_back()
             return returns + 1
-        quality = self.draw() if done % self.config.picture_every == 0 or done == self.config.steps else None
-        if quality is not None or done % self.config.save_every == 0:
-            self.save(quality)
+        is_shown = done % self.config.picture_every == 0 or done == self.config.steps
+        if is_shown or done % self.config.save_every == 0:
+            self.save(self.draw() if is_shown else UNKNOWN)
         return 0 if values["skipped"] == 0 else returns
 
     def _go_back(self) -> None:
@@ -163,7 +165,7 @@ class Run:
         """Draws input, reconstruction and difference of the clips that are shown, by the averaged weights; gives dB."""
         vae = self.trainer.vae(self.state.average)
         again = [np.asarray(reconstruct(vae, to_float(clip[None]))) for clip in self.shown]
-        return keep_picture(self.out, self.step, to_float(self.shown), np.clip(np.concatenate(again), -1, 1))
+        return keep_picture(self.out, self.step, to_float(self.shown), np.concatenate(again))
 
     def _look_at_data(self) -> None:
         """Draws the clips to show, which fails where none can be read, and takes the time of it."""

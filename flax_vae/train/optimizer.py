@@ -50,7 +50,7 @@ def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformati
 def scale_by_adam(beta1: float, beta2: float, eps: float = 1e-8) -> optax.GradientTransformation:
     """Gives optax.scale_by_adam (Kingma & Ba 2015) with 1 - beta ** n as precise as float32 is.
 
-    In float32 0.999 is off by 1e-8, and so is 1 - 0.999: a step would be off by 6e-6 of its length, for 1000 steps.
+    In float32 0.999 is off by 1e-8, and so is 1 - 0.999: early steps would be off by 6e-6 of their length.
     """
     adam = optax.scale_by_adam(beta1, beta2, eps)
 

@@ -31,7 +31,7 @@ def averaged(
         raise FileNotFoundError(f"{folder}: no folder of a training run, which has a {MODEL}")
     vae = nnx.eval_shape(lambda: CausalVideoVAE(VAEConfig.from_json(folder / MODEL), rngs=nnx.Rngs(0)))
     shapes = nnx.state(vae, nnx.Param)
-    checkpoints = Checkpoints(folder / CHECKPOINTS, read_only=True)
+    checkpoints = Checkpoints(folder / CHECKPOINTS)
     try:
         number = {"newest": checkpoints.newest, "best": checkpoints.best}.get(step, lambda: step)()
         weights = checkpoints.restore_part({"average": shapes}, number)["average"]

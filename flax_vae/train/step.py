@@ -118,7 +118,7 @@ class Trainer:
             judged, more = self._judge_step(state, again, video)
             metrics |= {"gan": gan, "gan_weight": weight, **more}
         (gradients,) = pull((gradient, jnp.asarray(self.config.loss.kl, kl.dtype)))
-        metrics |= {"total": total + self.config.loss.kl * kl, "gradient_norm": optax.global_norm(gradients)}
+        metrics |= {"total": total + self.config.loss.kl * kl, "gradient_norm": global_norm(gradients)}
         changes, moments = self.optimizer.update(gradients, state.optimizer, state.parameters)
         parameters = optax.apply_updates(state.parameters, changes)
         return self._accepted(state, judged, parameters, moments, counts, metrics)
@@ -174,7 +174,7 @@ class Trainer:
             discriminator_optimizer=moments,
             usual_logits=usual,
         )
-        return state, metrics | {"discriminator_gradient_norm": optax.global_norm(gradients)}
+        return state, metrics | {"discriminator_gradient_norm": global_norm(gradients)}
 
     def _judge_loss(self, parameters, usual_logits, again, video):
         """Gives what the discriminator minimises; its hinge loss, its regularizer by name, and its mean logits."""
@@ -214,10 +214,15 @@ def noise_key(seed: int, step: ArrayLike) -> PRNGKeyArray:
 def pixels(frames: Array, dtype: np.dtype) -> Array:
     """Gives pixels in [-1, 1]; ValueError for integers that are not uint8."""
     if frames.dtype == jnp.uint8:
-        return frames.astype(dtype) / 127.5 - 1
+        return (frames.astype(dtype) - 127.5) / 127.5
     if not jnp.issubdtype(frames.dtype, jnp.floating):
         raise ValueError(f"expected frames as uint8 or as floats in [-1, 1], got {frames.dtype}")
     return frames.astype(dtype)
+
+
+def global_norm(gradients: Any) -> Float[Array, ""]:
+    """Gives the length of all gradients together."""
+    return jnp.sqrt(jnp.stack([jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(gradients)]).sum())
 
 
 def cast(parameters: Any, dtype: np.dtype) -> Any:

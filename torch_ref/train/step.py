@@ -37,7 +37,7 @@ class Trainer:
 
     def step(self, frames: Tensor, noise: Tensor, with_gan: bool) -> dict[str, float]:
         """Takes a step on pixels, uint8 or in [-1, 1], unless something is not finite; gives what it has measured."""
-        video = frames.to(noise) / 127.5 - 1 if frames.dtype == torch.uint8 else frames.to(noise)
+        video = (frames.to(noise) - 127.5) / 127.5 if frames.dtype == torch.uint8 else frames.to(noise)
         posterior = self.vae.encode(video)
         again, kl = self.vae.decode(posterior.sample(noise)), posterior.kl()
         reconstruction, terms = self.reconstruction_loss(again, video)
