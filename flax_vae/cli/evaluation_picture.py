@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from flax_vae.cli.evaluation import Evaluation, Sample
-from flax_vae.io.files import replacing
+from flax_vae.io.page import GRID, Page
 from flax_vae.io.picture import FAINT, INK, TIMES
 from flax_vae.train.quality import by_frame, by_position
 
@@ -21,7 +21,7 @@ BY_FRAME, BY_CLIP = "frame by frame, and the mean of the clips", "image by image
 BY_POSITION = "around the borders of chunks, in frames; dashed: the mean of the same place in all latents"
 LABELS = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS (lower is better)"}
 COLOURS = {"psnr": "#1f5fa8", "ssim": "#2c8259", "lpips": "#a8501f"}
-BORDER, GRID = "#c0392b", "#e8e8e8"
+BORDER = "#c0392b"
 WIDTH, MARGIN = 13.0, 0.45
 HEADING, PLOT, SPACE = 1.75, 1.9, 0.95  # heights: of title and numbers, of a curve, of what is around it
 NAMES, GAP, TALLEST, TITLES = 1.15, 0.06, 2.2, 0.45  # of the pictures: names of rows, gaps, height, titles of columns
@@ -37,47 +37,22 @@ def draw(path: Path, evaluation: Evaluation, title: str) -> None:
     room = WIDTH - 2 * MARGIN - NAMES - GAP * (len(samples) - 1)
     tall = min(room / sum(widths), TALLEST)
     below = MARGIN + HEADING + len(curves) * (PLOT + SPACE) - 0.3
-    page = Page(below + TITLES + 3 * (tall + GAP) + MARGIN)
+    page = Page(WIDTH, below + TITLES + 3 * (tall + GAP) + MARGIN)
     draw_heading(page, evaluation, title)
     for row, (words, curve) in enumerate(curves):
         top = MARGIN + HEADING + row * (PLOT + SPACE)
         page.text(MARGIN, top - 0.42, words, color=FAINT)
-        for axes, name in zip(page.panels(top, len(evaluation.names)), evaluation.names, strict=True):
+        for axes, name in zip(panels(page, top, evaluation.names), evaluation.names, strict=True):
             curve(axes, evaluation, name)
     draw_samples(page, samples, below + TITLES, tall)
-    with replacing(path) as part:
-        page.figure.savefig(part, format="png")
+    page.save(path)
 
 
-class Page:
-    """A figure whose parts are placed in inches from the top left."""
-
-    def __init__(self, height: float):
-        from matplotlib.figure import Figure
-
-        self.height = height
-        self.figure = Figure(figsize=(WIDTH, height), dpi=120, facecolor="white")
-
-    def text(self, x: float, y: float, words: str, **style: Any) -> None:
-        """Writes words as they are: a $ in a file name is a $."""
-        style = {"size": 9, "color": INK, "va": "top", "parse_math": False} | style
-        self.figure.text(x / WIDTH, 1 - y / self.height, words, **style)
-
-    def axes(self, x: float, y: float, width: float, height: float) -> Axes:
-        """Makes axes."""
-        place = (x / WIDTH, 1 - (y + height) / self.height, width / WIDTH, height / self.height)
-        return self.figure.add_axes(place)
-
-    def panels(self, y: float, count: int) -> Iterator[Axes]:
-        """Yields axes side by side, made up for curves."""
-        pitch = (WIDTH - 2 * MARGIN) / count
-        for i in range(count):
-            axes = self.axes(MARGIN + i * pitch + 0.45, y, pitch - 0.65, PLOT)
-            axes.tick_params(labelsize=8, colors=FAINT, length=0)
-            axes.grid(color=GRID, linewidth=0.7)
-            axes.set_axisbelow(True)
-            axes.spines[:].set_visible(False)
-            yield axes
+def panels(page: Page, y: float, names: Sequence[str]) -> Iterator[Axes]:
+    """Yields axes for curves side by side, one for each score."""
+    pitch = (WIDTH - 2 * MARGIN) / len(names)
+    for i, name in enumerate(names):
+        yield page.plot(MARGIN + i * pitch + 0.45, y, pitch - 0.65, PLOT, LABELS[name])
 
 
 def draw_heading(page: Page, evaluation: Evaluation, title: str) -> None:
@@ -123,7 +98,7 @@ def draw_by_frame(axes: Axes, evaluation: Evaluation, name: str) -> None:
         spread = [np.quantile([clip[i] for clip in clips if i < len(clip)], [0.1, 0.9]) for i in range(len(mean))]
         axes.fill_between(range(len(mean)), *np.transpose(spread), color=colour, alpha=0.18, linewidth=0)
     axes.plot(mean, color=colour, linewidth=1.6, marker=marker, markersize=2.5)
-    in_whole_numbers(axes, LABELS[name])
+    in_whole_numbers(axes)
 
 
 def draw_by_position(axes: Axes, evaluation: Evaluation, name: str) -> None:
@@ -138,21 +113,19 @@ def draw_by_position(axes: Axes, evaluation: Evaluation, name: str) -> None:
     axes.plot(places, usual[places], color=FAINT, linewidth=1, linestyle=(0, (3, 2)))
     axes.plot(places, values[places], color=COLOURS[name], linewidth=1.6, marker="o", markersize=3)
     axes.grid(visible=False, axis="x")
-    axes.set_title(LABELS[name], loc="left", size=9, color=INK)
     axes.set_xticks(range(-(chunk // 2), chunk // 2, max(factor // 2, 1)))
 
 
 def draw_by_clip(axes: Axes, evaluation: Evaluation, name: str) -> None:
     """Draws a score of every clip, sorted."""
     axes.plot(sorted(clip.mean(name) for clip in evaluation.clips), "o", color=COLOURS[name], markersize=3)
-    in_whole_numbers(axes, LABELS[name])
+    in_whole_numbers(axes)
 
 
-def in_whole_numbers(axes: Axes, title: str) -> None:
-    """Writes a title, and has no ticks between frames."""
+def in_whole_numbers(axes: Axes) -> None:
+    """Has no ticks between frames."""
     from matplotlib.ticker import MaxNLocator
 
-    axes.set_title(title, loc="left", size=9, color=INK)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
@@ -175,9 +148,7 @@ def draw_samples(page: Page, samples: Sequence[Sample], top: float, tall: float)
         page.text(left, top - 0.06, words + ", worst" * (sample is worst), va="bottom", size=8, linespacing=1.3)
         amplified = np.minimum(difference * factor, 255).astype(np.uint8)
         for row, picture in enumerate((sample.before, sample.after, amplified)):
-            axes = page.axes(left, top + row * (tall + GAP), width, tall)
-            axes.imshow(picture, aspect="auto")
-            axes.set_axis_off()
+            page.picture(left, top + row * (tall + GAP), width, tall, picture)
         left += width + GAP
 
 

@@ -17,6 +17,7 @@ from flax_vae.cli.encode import encode_clip
 from flax_vae.cli.model import Model
 from flax_vae.cli.run import PIECE, Chunk
 from flax_vae.cli.screen import Meter, progress
+from flax_vae.io.video import UNREADABLE
 
 if TYPE_CHECKING:
     from flax_vae.io.latents import About
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from flax_vae.models.statistics import LatentStatistics
 
 LATENTS = "latents"
-FAILURES = (ValueError, OSError)  # of a clip that cannot be read
 
 
 class Extraction:
@@ -49,7 +49,7 @@ class Extraction:
             for i, entry in enumerate(left):
                 try:
                     clip = open_entry(entry.path)
-                except FAILURES as error:
+                except UNREADABLE as error:
                     self.fail(entry, error)
                     continue
                 if clip.expected_latents is None or clip.expected_latents > PIECE + 1:
@@ -166,7 +166,7 @@ class Row:
             try:
                 chunk = next(self._chunks)
                 data, self.is_over = chunk.data, chunk.is_last
-            except FAILURES as error:
+            except UNREADABLE as error:
                 self.failure, self.is_over = error, True
         self._waiting.append(chunk)
         return data

@@ -20,6 +20,8 @@ import numpy as np
 from flax_vae.io.files import PathLike
 from flax_vae.io.pixels import Size, is_only_cropped
 
+UNREADABLE = (ValueError, OSError)  # what reading raises for a clip that is damaged, missing or something else
+
 
 @dataclasses.dataclass(frozen=True)
 class VideoInfo:
@@ -84,8 +86,8 @@ def draw_frames(
 
     `moment` is 0 for the first frames, near 1 for the last ones; with `fps` those are taken that a viewer would see at
     so many a second, without every one in a row. Frames are scaled to cover `size` = (height, width), or `zoom` times
-    that where they are so large, and cropped at `place`, (0, 0) for the top left, (1, 1) for the bottom right. Raises ValueError for a clip that is
-    damaged there, or has not so many frames.
+    that where they are so large, and cropped at `place`, (0, 0) for the top left, (1, 1) for the bottom right. Raises
+    ValueError for a clip that is damaged there, or has not so many frames.
     """
     with _open(path) as (container, stream):
         rate = _rate(stream)

@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 
 from flax_vae.io.manifest import Entry, whole_lines
-from flax_vae.io.video import draw_frames
+from flax_vae.io.video import UNREADABLE, draw_frames
 from flax_vae.train.config import ClipConfig
 
 TRIES = 64  # broken clips in a row after which it is the data set that is broken
-FAILURES = (ValueError, OSError)
 ENDLESS = 1 << 50  # clips; grain's own endless repetition is too long to be mixed
 
 
@@ -78,7 +77,7 @@ class Draw:
         for _ in range(TRIES):
             try:
                 return self._drawn(entry.path, rng)
-            except FAILURES as error:
+            except UNREADABLE as error:
                 self._note(entry, error)
                 entry = self.entries[int(rng.integers(len(self.entries)))]
         raise ValueError(f"{TRIES} clips in a row cannot be read; the last one: {entry.path}")

@@ -1,32 +1,46 @@
-"""What a run has measured, a line of JSON a step."""
+"""What a run has measured: a line of JSON a step, and the same for TensorBoard where tensorboardX is installed."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 from flax_vae.io.manifest import whole_lines
 
+METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"  # in the folder of a run
+
 
 class MetricsLog:
-    """Appends a line a step to a file; lines after the step that a run goes on from are removed first."""
+    """Appends a line a step in a folder; lines after the step that a run goes on from are removed first."""
 
-    def __init__(self, path: Path, step: int):
-        self.path = path
-        kept = 0
+    def __init__(self, folder: Path, step: int):
+        path, kept = folder / METRICS, 0
         for line in whole_lines(path):
             if json.loads(line)["step"] >= step:
                 break
             kept += len(line)
         self._file = open(path, "a+b")  # noqa: SIM115  # closed by close
         self._file.truncate(kept)
+        self._board = None
+        with contextlib.suppress(ImportError):
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=step)
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the files."""
         self._file.close()
+        if self._board is not None:
+            self._board.close()
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes the line of a step, at once."""
-        self._file.write(json.dumps({"step": step, **values}).encode() + b"\n")
+        """Writes the line of a step, at once; what is not finite is null, as JSON has no word for it."""
+        line = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **line}).encode() + b"\n")
         self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)

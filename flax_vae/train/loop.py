@@ -39,7 +39,7 @@ from flax_vae.train.step import Trainer
 SKIPPED = 5  # steps in a row that are not finite, after which the run goes back to its last checkpoint
 RETURNS = 3  # how often it may go back without a good step between
 PICTURES = 2  # clips that are looked at while training
-CONFIG, METRICS, BROKEN = "config.json", "metrics.jsonl", "broken.jsonl"
+CONFIG, BROKEN = "config.json", "broken.jsonl"
 LOGGER = logging.getLogger(__name__)
 
 
@@ -101,7 +101,7 @@ class Run:
         self._saved = self.checkpoints.newest()
         if self._saved is not None:
             self.state = self.checkpoints.restore(self.state)
-        self.log = MetricsLog(self.out / METRICS, self.step)
+        self.log = MetricsLog(self.out, self.step)
         stack.callback(self.log.close)
         if self._saved is None:
             self.save(self.draw())

@@ -21,6 +21,7 @@ from flax_vae.io.picture import contact_sheet, psnr
 from flax_vae.io.pixels import to_uint8
 from flax_vae.io.video import read_clip
 from flax_vae.io.writer import write_image
+from flax_vae.train.log import METRICS
 from flax_vae.train.report_picture import draw
 
 SHEET = 6  # frames of a contact sheet
@@ -97,7 +98,7 @@ def write_report(folder: Path) -> Path:
 def read_history(folder: Path) -> History:
     """Reads what a run has left in its folder, which may still be written; what is missing is left out."""
     config = folder / "config.json"
-    metrics = read_columns(folder / "metrics.jsonl")
+    metrics = read_columns(folder / METRICS)
     if "mse" in metrics:
         with np.errstate(divide="ignore"):
             metrics["psnr"] = 10 * np.log10(4 / metrics["mse"])
