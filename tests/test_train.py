@@ -1,6 +1,7 @@
 """Training runs: they go on to the same numbers whatever stops them, and fail with a word of what to do."""
 
 import functools
+import inspect
 import json
 import os
 import signal
@@ -11,15 +12,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from little import ONE_BLOCK
 
 from flax_vae import CausalVideoVAE
+from flax_vae.cli.export import export
+from flax_vae.cli.train import with_preset
 from flax_vae.train import loop
 from flax_vae.train.checkpoints import CHECKPOINTS
 from flax_vae.train.config import PRESETS, TrainConfig
+from flax_vae.train.log import MetricsLog
 from flax_vae.train.loop import Run
 from flax_vae.train.result import averaged
 from flax_vae.train.step import Trainer
@@ -131,6 +136,35 @@ def test_weights_of_a_run_are_its_average(config, data, tmp_path):
         averaged(tmp_path / "run", 1)
     with pytest.raises(FileNotFoundError, match="no folder of a training run"):
         averaged(tmp_path)
+
+
+def test_export_writes_the_average_in_the_public_layout(config, data, tmp_path, monkeypatch):
+    trained(config, data, tmp_path / "run", stop=4)
+    export(tmp_path / "run", tmp_path / "vae", step=2)
+    expected, step = averaged(tmp_path / "run", 2)
+    assert step == 2
+    written = CausalVideoVAE.from_pretrained(tmp_path / "vae")
+    assert written.config == expected.config
+    for ours, theirs in zip(leaves(nnx.state(written)), leaves(nnx.state(expected)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    with pytest.raises(ValueError, match="give --overwrite"):
+        export(tmp_path / "run", tmp_path / "vae")
+    export(tmp_path / "run", tmp_path / "vae", dtype="bfloat16", overwrite=True)
+    assert CausalVideoVAE.from_pretrained(tmp_path / "vae", jnp.bfloat16).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("words", [["--preset", "stage2"], ["--steps", "3", "--preset=stage2"]])
+def test_a_preset_decides_the_defaults(words):
+    defaults = inspect.signature(with_preset(words)).parameters
+    assert (defaults["preset"].default, defaults["config"].default) == ("stage2", PRESETS["stage2"])
+    assert inspect.signature(with_preset([])).parameters["config"].default == PRESETS["tiny"]
+
+
+def test_what_is_not_finite_is_null_in_the_log(tmp_path):
+    log = MetricsLog(tmp_path, 0)
+    log.add(0, {"mse": float("nan"), "total": 2.0})
+    log.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0, "mse": null, "total": 2.0}\n'
 
 
 def test_a_folder_keeps_to_its_config(config, data, tmp_path):
@@ -264,20 +298,16 @@ def test_kill_9_at_any_moment_changes_nothing(config, data, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files as Linux does")
 def test_a_disk_that_fills_during_a_save_leaves_the_checkpoints_before(config, data, tmp_path):
-    import resource
-
     out = tmp_path / "run"
-    trained(replace(config, steps=40, save_every=1, picture_every=100), data, out, stop=2)
-    before = averaged(out)[1]
-    limit = (4096, 4096)
-    words = command(replace(config, steps=40), data, out)
-    stopped = subprocess.run(
-        words,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
-    )
+    words = command(replace(config, steps=100_000), data, out)
+    process = begun(words, out, 2)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    before, metrics = averaged(out)[1], lines(out)
+    limited = ["bash", "-c", 'ulimit -f 64; exec "$@"', "-", *words]  # no file larger than 64 KiB
+    env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    stopped = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True, env=env)
     assert stopped.returncode == 2, stopped.stderr
+    assert "a checkpoint could not be written; those before it are whole" in stopped.stderr.splitlines()[-1]
     assert averaged(out)[1] == before
-    assert os.listdir(out / CHECKPOINTS)
+    assert lines(out)[:before] == metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 from collections import deque
@@ -75,6 +76,7 @@ def run(config: TrainConfig, data: Path, out: Path) -> None:
     from flax_vae.train.report import write_report
 
     keep_compiled()
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs the errors that it raises too, several times
     with Run(config, data, out) as training, stopping() as stop:
         begin(training)
         with bar(training) as show:

@@ -13,7 +13,7 @@ from jaxtyping import DTypeLike
 from flax_vae.io.files import PathLike
 from flax_vae.models.config import VAEConfig
 from flax_vae.models.vae import CausalVideoVAE
-from flax_vae.train.checkpoints import CHECKPOINTS, Checkpoints
+from flax_vae.train.checkpoints import CHECKPOINTS, restore_part
 
 MODEL = "model.json"  # the model's config, in the folder of a run
 
@@ -30,13 +30,7 @@ def averaged(
     if not (folder / MODEL).is_file():
         raise FileNotFoundError(f"{folder}: no folder of a training run, which has a {MODEL}")
     vae = nnx.eval_shape(lambda: CausalVideoVAE(VAEConfig.from_json(folder / MODEL), rngs=nnx.Rngs(0)))
-    shapes = nnx.state(vae, nnx.Param)
-    checkpoints = Checkpoints(folder / CHECKPOINTS)
-    try:
-        number = {"newest": checkpoints.newest, "best": checkpoints.best}.get(step, lambda: step)()
-        weights = checkpoints.restore_part({"average": shapes}, number)["average"]
-    finally:
-        checkpoints.close()
-    nnx.update(vae, jax.tree.map(lambda leaf: leaf.astype(dtype), weights))
+    part, number = restore_part(folder / CHECKPOINTS, {"average": nnx.state(vae, nnx.Param)}, step)
+    nnx.update(vae, jax.tree.map(lambda leaf: leaf.astype(dtype), part["average"]))
     vae.eval()
     return vae, number
