@@ -5,7 +5,7 @@ B batch, T frames, H W pixels, C channels; arrays are B T H W C, kernels are T H
 
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +74,7 @@ class Conv3d(nnx.Module):
         """Convolves with the given padding of time, height and width; too few frames give no frame."""
         kernel = self.kernel[...]
         kernel = kernel.reshape(*self.kernel_size, *kernel.shape[-2:])
-        y = convolve(x, kernel, Window(self.stride, padding, self.dilation, self.groups))
+        y: Any = convolve(x, kernel, Window(self.stride, padding, self.dilation, self.groups))
         return y if self.bias is None else add_bias(y, self.bias[...])
 
 

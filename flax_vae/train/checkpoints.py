@@ -75,7 +75,10 @@ def restore_part(folder: Path, part: Any, step: Literal["newest", "best"] | int)
     Raises FileNotFoundError where there is no such one.
     """
     qualities = qualities_in(folder)
-    choices = {"newest": max(qualities, default=None), "best": max(qualities, key=qualities.__getitem__, default=None)}
+    choices: dict[Any, int | None] = {
+        "newest": max(qualities, default=None),
+        "best": max(qualities, key=qualities.__getitem__, default=None),
+    }
     number = choices.get(step, step)
     if number not in qualities:
         raise FileNotFoundError(f"{folder}: has no checkpoint {step}, but {', '.join(map(str, qualities)) or 'none'}")
