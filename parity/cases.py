@@ -446,7 +446,7 @@ CASES = [
     whole("vae-narrow", NARROW, (1, 9, 16, 8, 3)),
     whole("vae-shallow", SHALLOW, (2, 5, 7, 6, 3), slow=True),
     whole("vae-uneven", UNEVEN, (1, 5, 9, 11, 3), slow=True),
-    whole("vae-remat", replace(SINGLE, remat=True), (2, 3, 5, 4, 3)),
+    whole("vae-remat", replace(SINGLE, remat=True), (2, 3, 5, 4, 3), slow=True),
     whole("vae-chunks", SINGLE, (2, 5, 5, 4, 3), chunk=2, slow=True),
     tiled("last-merged", "up", 20, 26),
     tiled("last-as-long-as-stride", "up", 18, 14),

@@ -81,7 +81,7 @@ def likely_causes(layer: torch.nn.Module, x: torch.Tensor, ours: np.ndarray, err
     """Names the mistakes with which torch's layer comes much closer to our output, the closest first."""
     found = []
     for mistake in MISTAKES:
-        if not isinstance(layer, mistake.layer):
+        if not (isinstance(mistake.layer, type) and isinstance(layer, mistake.layer)):
             continue
         with made(mistake), torch.no_grad():
             left = difference(ours, layer(x))

@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +18,16 @@ import numpy as np
 import pytest
 from flax import nnx
 from little import ONE_BLOCK
+from safetensors.numpy import save_file
 
 from flax_vae import CausalVideoVAE
 from flax_vae.cli.export import export
 from flax_vae.cli.train import with_preset
+from flax_vae.io.port import torch_layout
 from flax_vae.train import loop
 from flax_vae.train.checkpoints import CHECKPOINTS
 from flax_vae.train.config import PRESETS, TrainConfig
+from flax_vae.train.discriminator import PatchDiscriminator
 from flax_vae.train.log import MetricsLog
 from flax_vae.train.loop import Run
 from flax_vae.train.result import averaged
@@ -46,12 +50,12 @@ def promoting():
 @pytest.fixture(autouse=True)
 def compiled_once(monkeypatch):
     """Has all runs of a config take one trainer, which holds nothing that changes, and costs most of their time."""
-    monkeypatch.setattr(loop, "Trainer", lambda config, vae, lpips: trainer(config))
+    monkeypatch.setattr(loop, "Trainer", lambda config, *models: trainer(config))
 
 
 @functools.cache
 def trainer(config):
-    return Trainer(config, loop.first_model(config))
+    return Trainer(config, loop.first_model(config), compiler_options={"xla_backend_optimization_level": 0})
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +171,29 @@ def test_what_is_not_finite_is_null_in_the_log(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0, "mse": null, "total": 2.0}\n'
 
 
+def test_tensorboard_gets_the_same_numbers(tmp_path):
+    pytest.importorskip("tensorboardX", reason="TensorBoard is written where tensorboardX is installed")
+    log = MetricsLog(tmp_path, 0)
+    log.add(0, {"mse": 2.0})
+    log.close()
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"mse" in events.read_bytes()
+
+
+def test_a_discriminator_can_start_from_a_checkpoint(config, data, tmp_path, monkeypatch):
+    given = PatchDiscriminator((4, 6), rngs=nnx.Rngs(0))
+    save_file(
+        {f"loss.discriminator.{key}": value for key, value in torch_layout(given).items()}, tmp_path / "gan.safetensors"
+    )
+    monkeypatch.setattr(loop, "Trainer", taken := mock.Mock(side_effect=InterruptedError))
+    gan = replace(config.gan, kind="frames", init=str(tmp_path / "gan.safetensors"))
+    with pytest.raises(InterruptedError):
+        trained(replace(config, gan=gan), data, tmp_path / "run")
+    judge = taken.call_args.args[3]
+    for ours, theirs in zip(leaves(nnx.state(judge)), leaves(nnx.state(given)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_a_folder_keeps_to_its_config(config, data, tmp_path):
     trained(config, data, tmp_path / "run", stop=1)
     with pytest.raises(ValueError, match=r"another config \(seed was 0, now 1\)"):
@@ -247,6 +274,8 @@ def test_all_that_a_config_cannot_have_is_listed(config, data, tmp_path):
     with pytest.raises(ValueError, match=r"clips\.frames is 8, expected 8k \+ 1; clips\.size is 20") as caught:
         Run(replace(config, clips=clips, steps=0), data, tmp_path / "run")
     assert "steps is 0, expected at least 1" in str(caught.value)
+    with pytest.raises(ValueError, match="expected kind frames where it has an init"):
+        Run(replace(config, gan=replace(config.gan, kind="causal", init="gan.pt")), data, tmp_path / "run")
     with pytest.raises(ValueError, match="lies in the data"):
         Run(config, data, data / "run")
 

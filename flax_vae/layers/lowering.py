@@ -199,7 +199,7 @@ def _input_gradient_by_taps(dy, kernel, window, size):
 
 
 def _kernel_gradient_by_frames(x, dy, window, kernel):
-    """Goes through the frames; each one's patches are multiplied with the outputs of all time taps that see it.
+    """Goes through the frames; what the kernel's rows see of each is multiplied with all outputs that see it.
 
     Frames are taken in as many turns as the time stride is: those of a turn are seen by the same taps.
     """
@@ -217,29 +217,33 @@ def _kernel_gradient_by_frames(x, dy, window, kernel):
 
 def _kernel_gradient_of_turn(x, dy, window, kernel, ahead):
     """Gives (H, W, I, tap, O) of the taps through which frame i is seen by output i + ahead."""
-    frames, outputs, channels = x.shape[1], dy.shape[1], (x.shape[4], dy.shape[4])
+    frames, (outputs, height, width, out) = x.shape[1], dy.shape[1:]
     first = min(0, *ahead)
     dy = jnp.pad(dy, ((0, 0), (-first, max(0, frames + max(ahead) - outputs)), (0, 0), (0, 0), (0, 0)))
+    rows, columns = (
+        [slice(k * d, k * d + (n - 1) * s + 1, s) for k in range(taps)]
+        for taps, d, n, s in zip(kernel[1:], window.dilation[1:], (height, width), window.stride[1:], strict=True)
+    )
 
     def add_frame(sums, i):
-        seen = _patches(lax.dynamic_index_in_dim(x, i, 1, keepdims=False), window, kernel, dy.shape[2:4])
-        pulls = [lax.dynamic_index_in_dim(dy, i + n - first, 1, keepdims=False) for n in ahead]
-        pulls = jnp.concatenate(pulls, axis=-1).reshape(-1, len(ahead) * channels[1])
-        return sums + jnp.matmul(seen.T, pulls, preferred_element_type=sums.dtype), None
+        clip, frame = i // frames, i % frames
+        seen = _frame(x, clip, frame)
+        seen = jnp.concatenate([seen[:, column] for column in columns], axis=-1)
+        pulls = [_frame(dy, clip, frame + n - first) for n in ahead]
+        pulls = jnp.concatenate(pulls, axis=-1).reshape(height * width, len(ahead) * out)
+        of_rows = [seen[row].reshape(height * width, -1).T for row in rows]
+        return [
+            s + jnp.matmul(row, pulls, preferred_element_type=s.dtype) for s, row in zip(sums, of_rows, strict=True)
+        ], None
 
-    sums = jnp.zeros((kernel[1] * kernel[2] * channels[0], len(ahead) * channels[1]), wide_dtype(dy))
-    sums, _ = lax.scan(add_frame, sums, jnp.arange(frames))
-    return sums.reshape(*kernel[1:], channels[0], len(ahead), channels[1]).astype(dy.dtype)
+    nothing = jnp.zeros((kernel[2] * x.shape[4], len(ahead) * out), wide_dtype(dy))
+    sums, _ = lax.scan(add_frame, [nothing] * kernel[1], jnp.arange(x.shape[0] * frames))
+    return jnp.stack(sums).reshape(*kernel[1:], x.shape[4], len(ahead), out).astype(dy.dtype)
 
 
-def _patches(frame, window, kernel, size):
-    """Gives what each of `size` pixels sees of a padded (B, H, W, C), as rows of (kernel height, kernel width, C)."""
-    rows, columns = (
-        [slice(k * d, k * d + (n - 1) * s + 1, s) for k in range(kernel)]
-        for kernel, d, n, s in zip(kernel[1:], window.dilation[1:], size, window.stride[1:], strict=True)
-    )
-    seen = [frame[:, row, column] for row, column in product(rows, columns)]
-    return jnp.concatenate(seen, axis=-1).reshape(-1, len(seen) * frame.shape[-1])
+def _frame(x, clip, frame):
+    """Gives H W C of B T H W C."""
+    return lax.dynamic_slice(x, (clip, frame, 0, 0, 0), (1, 1, *x.shape[2:]))[0, 0]
 
 
 def _conv2d(x, kernel, window):

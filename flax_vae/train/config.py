@@ -59,6 +59,9 @@ class GanConfig:
 
     kind: Gans = "frames"
     """what it judges: frames, each by itself, or clips, in causal convolutions"""
+    init: str | None = None
+    """checkpoint of one that judges frames to start from, also a training checkpoint with the VAE, in place of random
+    weights"""
     start: int = 0
     """the step from which on it takes part"""
     weight: float = 0.5
@@ -148,6 +151,7 @@ RULES: list[tuple[str, str, Callable[[Any], bool]]] = [
     ("clips.size", "a multiple of 8, at least 16", lambda value: value >= 16 and value % 8 == 0),
     ("clips.fps", "above 0, or None", lambda value: value is None or value > 0),
     ("clips.images", "from 0 to 1", lambda value: 0 <= value <= 1),
+    ("gan", "kind frames where it has an init", lambda value: value.init is None or value.kind == "frames"),
     ("clips.workers", "at least 0", lambda value: value >= 0),
     ("optimizer.learning_rate", "above 0", lambda value: value > 0),
     ("optimizer.ema", "from 0 to 1", lambda value: 0 <= value <= 1),

@@ -30,6 +30,7 @@ from flax_vae.models.vae import CausalVideoVAE
 from flax_vae.train.checkpoints import CHECKPOINTS, UNKNOWN, Checkpoints
 from flax_vae.train.config import TrainConfig, check
 from flax_vae.train.data import batches
+from flax_vae.train.discriminator import PatchDiscriminator
 from flax_vae.train.log import MetricsLog
 from flax_vae.train.lpips import LPIPS
 from flax_vae.train.report import keep_picture
@@ -92,7 +93,8 @@ class Run:
         self._look_at_data()
         lpips = LPIPS.from_pretrained() if self.config.loss.lpips else None
         vae = first_model(self.config)
-        self.trainer = Trainer(self.config, vae, lpips)
+        judge = PatchDiscriminator.from_pretrained(self.config.gan.init) if self.config.gan.init else None
+        self.trainer = Trainer(self.config, vae, lpips, judge)
         keep_json(self.out / CONFIG, self.settings)
         keep_json(self.out / MODEL, vae.config.to_dict())
         self.state = self.trainer.start()
