@@ -146,13 +146,14 @@ def scaling(variant: str, method: str) -> Case:
     )
 
 
-def part(name: str, class_name: str, config: flax_vae.VAEConfig, shape: tuple) -> Case:
+def part(name: str, class_name: str, config: flax_vae.VAEConfig, shape: tuple, **kwargs) -> Case:
     """A row for the encoder or the decoder of a config."""
     return replace(
         layer(name, shape, class_name, None),
         build_flax=lambda: getattr(flax_vae, class_name)(config, rngs=nnx.Rngs(0)),
         build_torch=lambda: getattr(torch_ref, class_name)(torch_ref.VAEConfig.from_dict(config.to_dict())),
         tolerance=MODEL_TOLERANCE,
+        **kwargs,
     )
 
 
@@ -425,8 +426,8 @@ CASES = [
     layer("mid-block", (2, 3, 4, 5, 32), "MidBlock", 32, 8),
     *(block("up", index, UP_STEPS, (1, 2, 4, 3)) for index in range(4)),
     layer("up-block-plain", (1, 3, 4, 5, 8), "UpBlock", 8, 12, 1, 4, spatial_upsample=False),
-    part("encoder", "Encoder", NARROW, (1, 9, 9, 16, 3)),
-    part("decoder", "Decoder", NARROW, (1, 2, 3, 2, 16)),
+    part("encoder", "Encoder", NARROW, (1, 9, 9, 16, 3), slow=True),
+    part("decoder", "Decoder", NARROW, (1, 2, 3, 2, 16), slow=True),
     function("posterior", (2, 2, 4, 3, 12), posterior_flax, posterior_torch),
     loss("l1"),
     loss("mse"),
