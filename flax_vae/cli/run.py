@@ -42,6 +42,20 @@ class Pieces(Protocol):
 
 def run(job: Job, step: Callable, chunks: Iterable[Chunk], pieces: Pieces, meter: Meter) -> None:
     """Puts chunks, those after what the job has done, through a step and commits every piece."""
+    frames = latents = 0
+    with pieces:
+        for chunk, result, carry in streamed(step, chunks, job.carry):
+            pieces.add(result, chunk)
+            meter.done(chunk.frames)
+            frames, latents = frames + chunk.frames, latents + chunk.latents
+            if chunk.is_last or latents >= PIECE + (job.progress.pieces == 0):
+                pieces.finish(chunk.is_last)
+                job.commit(carry, frames, latents, chunk.is_last)
+                frames = latents = 0
+
+
+def streamed(step: Callable, chunks: Iterable[Chunk], carry: Any = None) -> Iterator[tuple[Chunk, Any, Any]]:
+    """Puts chunks through a step, and yields each with its result and the carry after it."""
     from flax_vae.runtime.stream import Stream
 
     waiting: deque[Chunk] = deque()  # the stream reads ahead of the results that it gives
@@ -51,18 +65,9 @@ def run(job: Job, step: Callable, chunks: Iterable[Chunk], pieces: Pieces, meter
             waiting.append(chunk)
             yield chunk.data
 
-    results = Stream(step, data(), job.carry)
-    frames = latents = 0
-    with pieces:
-        for result in results:
-            chunk = waiting.popleft()
-            pieces.add(result, chunk)
-            meter.done(chunk.frames)
-            frames, latents = frames + chunk.frames, latents + chunk.latents
-            if chunk.is_last or latents >= PIECE + (job.progress.pieces == 0):
-                pieces.finish(chunk.is_last)
-                job.commit(results.carry, frames, latents, chunk.is_last)
-                frames = latents = 0
+    results = Stream(step, data(), carry)
+    for result in results:
+        yield waiting.popleft(), result, results.carry
 
 
 def marked(items: Iterable[T]) -> Iterator[tuple[T, bool]]:

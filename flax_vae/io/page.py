@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +29,17 @@ class Page:
         """Writes words as they are: a $ in a file name is a $."""
         style = {"size": 9, "color": INK, "va": "top", "parse_math": False} | style
         self.figure.text(x / self.width, 1 - y / self.height, words, **style)
+
+    def heading(
+        self, margin: float, title: str, subtitle: str, numbers: Iterable[tuple[str, str, str]], columns: int
+    ) -> None:
+        """Writes a title, what is below it, and, large, numbers: the words, the number and the colour of each."""
+        self.text(margin, margin - 0.1, title, size=12, weight="bold")
+        self.text(margin, margin + 0.16, subtitle, color=FAINT)
+        for i, (words, number, colour) in enumerate(numbers):
+            x = margin + i * (self.width - 2 * margin) / columns
+            self.text(x, margin + 0.48, number, size=18, weight="bold", color=colour)
+            self.text(x, margin + 0.84, words, color=FAINT)
 
     def axes(self, x: float, y: float, width: float, height: float) -> Axes:
         """Makes axes."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -67,7 +67,7 @@ def contact_sheet(
         raise ValueError(f"got {len(numbers)} numbers for {len(a)} frames, expected one for each")
     frames, height, width, _ = a.shape
     shown = np.linspace(0, frames - 1, min(columns, frames)).round().astype(int)
-    difference, factor = _amplified(a[shown], b[shown])
+    difference, factor = amplified(zip(a[shown], b[shown], strict=True))
     kinds = ["input", "reconstruction", f"difference {TIMES}{factor}"]
     names = [f"frame {i if numbers is None else numbers[i]}\n{_decibels(psnr(a[i], b[i]))}" for i in shown]
     count = f"{len(shown)} of {frames} frames" if numbers is None else f"frames from {numbers[0]} to {numbers[-1]}"
@@ -115,10 +115,12 @@ def _draw(path, grid, row_names, column_names, title, subtitle):
         figure.savefig(part, format="png")
 
 
-def _amplified(a, b):
-    difference = np.abs(a.astype(np.int16) - b)
-    factor = next((f for f in (32, 16, 8, 4, 2) if f * np.quantile(difference, 0.995) <= 255), 1)
-    return np.minimum(difference * factor, 255).astype(np.uint8), factor
+def amplified(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[list[np.ndarray], int]:
+    """Gives the absolute differences of pairs of uint8 pictures, times one factor with which they are seen; and it."""
+    differences = [np.abs(a.astype(np.int16) - b) for a, b in pairs]
+    highest = np.quantile(np.concatenate([difference.ravel() for difference in differences]), 0.995)
+    factor = next((factor for factor in (32, 16, 8, 4, 2) if factor * highest <= 255), 1)
+    return [np.minimum(difference * factor, 255).astype(np.uint8) for difference in differences], factor
 
 
 def _peak(values):

@@ -21,13 +21,17 @@ def conv_output_size(size: int, kernel: int, stride: int = 1, padding: Pair = (0
 
     Raises ValueError when the padded axis is shorter than the dilated kernel.
     """
-    room = size + sum(padding) - dilation * (kernel - 1) - 1
-    if room < 0:
+    if not (count := conv_outputs(size, kernel, stride, padding, dilation)):
         raise ValueError(
             f"a kernel of {kernel} at dilation {dilation} spans {dilation * (kernel - 1) + 1} elements, "
             f"but {size} with padding {tuple(padding)} gives only {size + sum(padding)}: use a larger input"
         )
-    return room // stride + 1
+    return count
+
+
+def conv_outputs(size: int, kernel: int, stride: int, padding: Pair, dilation: int) -> int:
+    """Counts as `conv_output_size` does, and gives 0 where that raises."""
+    return max(size + sum(padding) - dilation * (kernel - 1) - 1 + stride, 0) // stride
 
 
 def causal_padding(kernel_size: int | Sequence[int], dilation: int | Sequence[int] = 1) -> tuple[Pair, Pair, Pair]:

@@ -26,7 +26,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from flax_vae.layers.geometry import Pair
+from flax_vae.layers.geometry import Pair, conv_outputs
 
 Lowering = Literal["platform", "plain", "frames"]
 Triple = tuple[int, int, int]
@@ -57,7 +57,7 @@ class Window:
     def output_size(self, size: Sequence[int], kernel: Sequence[int]) -> tuple[int, ...]:
         """Gives the output's time, height and width, 0 where the input is too small."""
         axes = zip(size, kernel[:3], self.stride, self.padding, self.dilation, strict=True)
-        return tuple(max(n + sum(pad) - d * (k - 1) - 1 + s, 0) // s for n, k, s, pad, d in axes)
+        return tuple(conv_outputs(*axis) for axis in axes)
 
 
 def wide_dtype(x: Array) -> np.dtype:
@@ -183,7 +183,8 @@ def _by_taps(x, kernel, window):
     for tap in _time_taps(window, kernel.shape[0], x.shape[1], outputs):
         last = tap.frame + (tap.stop - tap.start - 1) * stride
         seen = x[:, tap.frame : last + 1 : stride]
-        part = _of_frames(partial(_conv2d, kernel=kernel[tap.index], window=window), seen)
+        convolved = partial(_conv2d, kernel=kernel[tap.index], padding=window.padding[1:], stride=window.stride[1:])
+        part = _of_frames(partial(convolved, dilation=window.dilation[1:]), seen)
         parts.append(_put(part, tap.start, outputs))
     return _total(parts, x)
 
@@ -246,10 +247,6 @@ def _frame(x, clip, frame):
     return lax.dynamic_slice(x, (clip, frame, 0, 0, 0), (1, 1, *x.shape[2:]))[0, 0]
 
 
-def _conv2d(x, kernel, window):
-    return _lax_conv2d(x, kernel, window.padding[1:], window.stride[1:], window.dilation[1:])
-
-
 def _conv2d_input_gradient(dy, kernel, window, size):
     """Gives each of stride x stride kinds of pixel by a convolution with the taps that see it, and interleaves them."""
     kernel, stride = jnp.swapaxes(kernel, 2, 3), window.stride[1:]
@@ -261,7 +258,7 @@ def _conv2d_input_gradient(dy, kernel, window, size):
         for axis in (0, 1)
     ]
     kinds = [
-        _lax_conv2d(dy, kernel[row.taps][:, column.taps], (row.padding, column.padding), (1, 1), window.dilation[1:])
+        _conv2d(dy, kernel[row.taps][:, column.taps], (row.padding, column.padding), (1, 1), window.dilation[1:])
         for row, column in product(*of_axes)
     ]
     if len(kinds) == 1:
@@ -289,7 +286,7 @@ def _phase(window: Window, axis: int, kernel: int, size: int, outputs: int, star
     return Phase(np.array(list(ahead)), padding)
 
 
-def _lax_conv2d(x, kernel, padding, stride, dilation):
+def _conv2d(x, kernel, padding, stride, dilation):
     return lax.conv_general_dilated(
         x,
         kernel,

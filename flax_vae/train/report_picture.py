@@ -89,12 +89,7 @@ def spread_out(kept: Sequence[Kept], count: int) -> list[Kept]:
 
 def draw_heading(page: Page, history: History) -> None:
     """Writes the title and the numbers over all."""
-    page.text(MARGIN, MARGIN - 0.1, title(history), size=12, weight="bold")
-    page.text(MARGIN, MARGIN + 0.16, "; ".join(settings(history)), color=FAINT)
-    for i, (words, number, colour) in enumerate(numbers(history)):
-        x = MARGIN + i * (WIDTH - 2 * MARGIN) / 5
-        page.text(x, MARGIN + 0.48, number, size=18, weight="bold", color=colour)
-        page.text(x, MARGIN + 0.84, words, color=FAINT)
+    page.heading(MARGIN, title(history), "; ".join(settings(history)), numbers(history), 5)
 
 
 def title(history: History) -> str:
