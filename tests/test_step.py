@@ -114,6 +114,17 @@ def test_every_step_has_noise_of_its_own(trainer):
     assert len({tuple(jax.random.key_data(noise_key(seed, step)).tolist()) for seed in (0, 1) for step in (0, 1)}) == 4
 
 
+def test_bfloat16_is_for_computing_and_not_for_weights(trainer):
+    narrow = made(replace(CONFIG, precision="bfloat16"))
+    (state, metrics), (_, exact) = (each.step(each.start(), frames(), with_gan=True) for each in (narrow, trainer))
+    assert {leaf.dtype for leaf in jax.tree.leaves((state.parameters, state.average, state.discriminator))} == {
+        np.dtype(np.float32)
+    }
+    for name in ("mse", "kl", "gradient_norm", "discriminator"):
+        assert metrics[name] != exact[name]
+        np.testing.assert_allclose(metrics[name], exact[name], rtol=0.03, err_msg=name)
+
+
 def test_averaged_weights_are_those_of_the_model_for_inference(trainer):
     state, _ = trainer.step(trainer.start(), frames(), with_gan=True)
     vae = trainer.vae(state.average)

@@ -24,6 +24,7 @@ from flax_vae import CausalVideoVAE
 from flax_vae.cli.export import export
 from flax_vae.cli.train import with_preset
 from flax_vae.io.port import torch_layout
+from flax_vae.layers.conv import INITIAL_SPREAD
 from flax_vae.train import loop
 from flax_vae.train.checkpoints import CHECKPOINTS
 from flax_vae.train.config import PRESETS, TrainConfig
@@ -97,6 +98,20 @@ def trained(config: TrainConfig, data: Path, out: Path, stop: int | None = None)
             if record.step + 1 == stop:
                 break
         return run.state
+
+
+def kernels(config: TrainConfig) -> list[np.ndarray]:
+    """Gives the kernels, of at least 2,000 weights, that a run starts from."""
+    leaves = jax.tree.leaves(nnx.state(loop.first_model(config), nnx.Param))
+    return [np.asarray(leaf) for leaf in leaves if leaf.ndim > 1 and leaf.size >= 2000]
+
+
+@pytest.mark.parametrize("spread", [0.02, 0.1, None])
+def test_first_kernels_have_the_spread_that_is_asked_for(spread):
+    found = kernels(replace(PRESETS["tiny"], spread=spread))
+    expected = [spread or np.prod(kernel.shape[:-1]) ** -0.5 for kernel in found]
+    np.testing.assert_allclose([kernel.std() for kernel in found], expected, rtol=0.08)
+    assert TrainConfig().spread == INITIAL_SPREAD == 0.02  # of the public recipe
 
 
 def lines(out: Path) -> list[dict]:

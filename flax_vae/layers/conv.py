@@ -21,6 +21,7 @@ Padding = tuple[Pair, Pair, Pair]
 Clip = Float[Array, "b _ _ _ _"]  # B T H W C; a layer keeps the batch, and may change everything else
 Carry = Array | tuple[()] | None
 
+INITIAL_SPREAD = 0.02  # standard deviation of random kernels, as the public training starts from
 _NUMPY_PAD_MODE = {"replicate": "edge", "reflect": "reflect", "circular": "wrap"}
 
 
@@ -191,12 +192,12 @@ class CausalConv3d(nnx.Module):
 
 
 def initial_weights(key: Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> Array:
-    """Draws normal weights of standard deviation 0.02, as the public training starts from.
+    """Draws normal weights of standard deviation `INITIAL_SPREAD`.
 
     The length drawn is a power of two, so that a model with dozens of shapes compiles a few draws and not dozens.
     """
     size = math.prod(shape)
-    drawn = 0.02 * jax.random.normal(key, (1 << (size - 1).bit_length(),), dtype)
+    drawn = INITIAL_SPREAD * jax.random.normal(key, (1 << (size - 1).bit_length(),), dtype)
     return drawn[:size].reshape(shape)
 
 

@@ -106,6 +106,9 @@ class TrainConfig:
     """preset of the model"""
     init: str | None = None
     """checkpoint to start from, in place of random weights"""
+    spread: float | None = 0.02
+    """standard deviation of random kernels; None takes 1/sqrt(inputs of an output), without which narrow models learn
+    slowly"""
     steps: int = 100_000
     """batches to train on"""
     seed: int = 0
@@ -132,6 +135,7 @@ STAGE1 = TrainConfig()
 PRESETS = {
     "tiny": TrainConfig(
         model="tiny",
+        spread=None,
         steps=2000,
         precision="float32",
         remat=False,
@@ -156,6 +160,7 @@ RULES: list[tuple[str, str, Callable[[Any], bool]]] = [
     ("clips.fps", "above 0, or None", lambda value: value is None or value > 0),
     ("clips.images", "from 0 to 1", lambda value: 0 <= value <= 1),
     ("gan", "kind frames where it has an init", lambda value: value.init is None or value.kind == "frames"),
+    ("spread", "above 0, or None", lambda value: value is None or value > 0),
     ("clips.workers", "at least 0", lambda value: value >= 0),
     ("optimizer.learning_rate", "above 0", lambda value: value > 0),
     ("optimizer.ema", "from 0 to 1", lambda value: 0 <= value <= 1),

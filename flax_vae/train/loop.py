@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from flax_vae.io.checkpoint import open_checkpoint
 from flax_vae.io.files import PathLike, locked, replacing
 from flax_vae.io.manifest import as_json, read_entries
 from flax_vae.io.pixels import to_float
+from flax_vae.layers.conv import INITIAL_SPREAD
 from flax_vae.models.config import VAEConfig
 from flax_vae.models.vae import CausalVideoVAE
 from flax_vae.train.checkpoints import CHECKPOINTS, UNKNOWN, Checkpoints
@@ -207,10 +209,18 @@ def first_model(config: TrainConfig) -> CausalVideoVAE:
     """Gives the model that a run starts from."""
     if config.init is None:
         settings: VAEConfig = getattr(VAEConfig, config.model)()
-        return CausalVideoVAE(replace(settings, remat=config.remat), rngs=nnx.Rngs(config.seed))
+        return respread(CausalVideoVAE(replace(settings, remat=config.remat), rngs=nnx.Rngs(config.seed)), config.spread)
     with open_checkpoint(config.init) as source:
         settings = replace(VAEConfig.from_dict(source.config()), remat=config.remat)
     return CausalVideoVAE.from_pretrained(config.init, jnp.float32, settings)
+
+
+def respread(model: CausalVideoVAE, spread: float | None) -> CausalVideoVAE:
+    """Gives random kernels this standard deviation, or, with None, 1/sqrt(inputs of an output)."""
+    for kernel in jax.tree.leaves(nnx.state(model, nnx.Param), is_leaf=lambda x: isinstance(x, nnx.Param)):
+        if kernel.ndim > 1:
+            kernel[...] *= (spread or math.prod(kernel.shape[:-1]) ** -0.5) / INITIAL_SPREAD
+    return model
 
 
 def flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
