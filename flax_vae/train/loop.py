@@ -209,7 +209,8 @@ def first_model(config: TrainConfig) -> CausalVideoVAE:
     """Gives the model that a run starts from."""
     if config.init is None:
         settings: VAEConfig = getattr(VAEConfig, config.model)()
-        return respread(CausalVideoVAE(replace(settings, remat=config.remat), rngs=nnx.Rngs(config.seed)), config.spread)
+        model = CausalVideoVAE(replace(settings, remat=config.remat), rngs=nnx.Rngs(config.seed))
+        return respread(model, config.spread)
     with open_checkpoint(config.init) as source:
         settings = replace(VAEConfig.from_dict(source.config()), remat=config.remat)
     return CausalVideoVAE.from_pretrained(config.init, jnp.float32, settings)
