@@ -205,6 +205,21 @@ def test_first_steps_of_adam_are_right_to_the_last_digits(count):
     np.testing.assert_allclose(changes["kernel"], [[-1, 1]], rtol=3e-6)
 
 
+def test_muon_goes_as_far_in_all_directions_and_leaves_vectors_to_adam():
+    rates = OptimizerConfig(kind="muon", learning_rate=1.0, warmup=1, weight_decay=0.0)
+    rng, transformation = np.random.default_rng(0), optimizer(rates, 10**9)
+    kernel = rng.normal(size=(3, 3, 3, 4, 6)) * np.array([1, 0.1, 0.01, 1, 0.1, 0.01])  # directions of unequal length
+    gradients = {"kernel": jnp.asarray(kernel, jnp.float32), "bias": jnp.array([0.3, -0.01])}
+    changes, state = jax.jit(transformation.update)(gradients, transformation.init(gradients), gradients)
+    lengths = np.linalg.svd(-np.asarray(changes["kernel"]).reshape(108, 6), compute_uv=False) / (0.2 * 108**0.5)
+    assert np.linalg.cond(kernel.reshape(108, 6)) > 80
+    assert lengths.min() > 0.6  # its five iterations come no nearer to 1
+    assert lengths.max() < 1.3
+    assert np.vdot(kernel, changes["kernel"]) < 0
+    np.testing.assert_allclose(changes["bias"], [-1, 1], rtol=1e-4)
+    assert updates(state) == 1
+
+
 def test_average_moves_by_its_share():
     average = moved_average({"a": jnp.array([1.0, 2.0])}, {"a": jnp.array([3.0, 2.0])}, jnp.float32(0.75))
     np.testing.assert_allclose(average["a"], [1.5, 2.0])

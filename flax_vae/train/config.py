@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 Gans = Literal["none", "frames", "causal"]
 Regularizers = Literal["none", "r1", "lecam"]
+Optimizers = Literal["adamw", "muon"]
 Precision = Literal["float32", "bfloat16"]
 Model = Literal["tiny", "small", "full"]
 
@@ -78,8 +79,10 @@ class GanConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with warm-up and cosine decay, of the VAE and of the discriminator."""
+    """The optimizer, with warm-up and cosine decay, of the VAE and of the discriminator."""
 
+    kind: Optimizers = "adamw"
+    """muon learns faster per step where steps are few; its kernels' steps have all directions of equal length"""
     learning_rate: float = 1e-4
     """after the warm-up"""
     final_learning_rate: float = 1e-5

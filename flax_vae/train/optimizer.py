@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike
+from optax import contrib
 
 from flax_vae.train.config import OptimizerConfig
 
@@ -32,10 +33,14 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Gives AdamW with clipped gradients; weight decay is for matrices and kernels alone (Loshchilov & Hutter 2019)."""
+    """Gives AdamW with clipped gradients; weight decay is for matrices and kernels alone (Loshchilov & Hutter 2019).
+
+    Or Muon in place of Adam, for matrices and kernels.
+    """
+    adam = scale_by_adam(config.beta1, config.beta2)
     chain = optax.chain(
         optax.clip_by_global_norm(config.clip),
-        scale_by_adam(config.beta1, config.beta2),
+        scale_by_muon(adam) if config.kind == "muon" else adam,
         optax.add_decayed_weights(
             config.weight_decay, lambda parameters: jax.tree.map(lambda leaf: leaf.ndim > 1, parameters)
         ),
@@ -66,11 +71,33 @@ def scale_by_adam(beta1: float, beta2: float, eps: float = 1e-8) -> optax.Gradie
     return optax.GradientTransformation(adam.init, update)
 
 
+def scale_by_muon(adam: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Gives Muon (Jordan 2024) for matrices and for kernels, as matrices of all that an output sees; `adam` for others.
+
+    Steps are as long as Adam's usually are (Liu et al. 2025), so that learning rate and decay mean the same.
+    """
+
+    def matrices(tree: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf: contrib.MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), (leaf.ndim - 1,)), tree
+        )
+
+    def lengthened(step: Array) -> Array:
+        return 0.2 * max(math.prod(step.shape[:-1]), step.shape[-1]) ** 0.5 * step
+
+    orthogonal = contrib.scale_by_muon(weight_dimension_numbers=matrices)
+    muon = optax.chain(orthogonal, optax.stateless(lambda steps, _: jax.tree.map(lengthened, steps)))
+    return optax.partition(
+        {"muon": muon, "adam": adam},
+        lambda parameters: jax.tree.map(lambda leaf: "muon" if leaf.ndim > 1 else "adam", parameters),
+    )
+
+
 def updates(state: Any) -> Any:
     """Counts the steps that an optimizer of `optimizer` has made; of the batches, one in `accumulate` is one."""
     if isinstance(state, optax.MultiStepsState):
         return state.gradient_step
-    return state[1].count
+    return state[-1].count
 
 
 def moved_average(average: Any, parameters: Any, decay: Array) -> Any:
