@@ -87,7 +87,7 @@ def config(init):
     """Six steps on clips of 9 frames, 16 x 16, with all terms that need no weights."""
     tiny = PRESETS["tiny"]
     clips = replace(tiny.clips, size=16, batch=1, image_batch=2, images=0.3)
-    optimizer = replace(tiny.optimizer, warmup=2)
+    optimizer = replace(tiny.optimizer, kind="adamw", warmup=2)
     return replace(tiny, init=init, steps=6, save_every=2, picture_every=3, keep=2, clips=clips, optimizer=optimizer)
 
 

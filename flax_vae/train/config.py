@@ -147,7 +147,7 @@ PRESETS = {
         clips=ClipConfig(frames=9, size=64, zoom=4.0, batch=4, image_batch=16),
         loss=LossConfig(lpips=0.0),
         gan=GanConfig(kind="none"),
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup=100),
+        optimizer=OptimizerConfig("muon", learning_rate=1e-3, warmup=100),
     ),
     "stage1": STAGE1,
     "stage2": replace(STAGE1, clips=replace(STAGE1.clips, frames=57, batch=4, images=0.0)),
