@@ -165,12 +165,14 @@ def noise(config: TrainConfig, step: int) -> torch.Tensor:
 
 
 def recipe(config: TrainConfig) -> Recipe:
-    """Says in torch_ref's words what a config says."""
-    losses, rates = vars(config.loss), vars(config.optimizer)
+    """Says in torch_ref's words what a config with AdamW says."""
+    values = vars(config.loss) | vars(config.optimizer)
+    assert values.pop("kind") == "adamw"
+    del values["lpips_frames"]
     return Recipe(
         steps=config.steps,
         gan=config.gan.weight,
         regularizer=config.gan.regularizer,
         regularizer_weight=config.gan.regularizer_weight,
-        **{name: value for name, value in (losses | rates).items() if name != "lpips_frames"},
+        **values,
     )

@@ -102,8 +102,8 @@ def trained(config: TrainConfig, data: Path, out: Path, stop: int | None = None)
 
 def kernels(config: TrainConfig) -> list[np.ndarray]:
     """Gives the kernels, of at least 2,000 weights, that a run starts from."""
-    leaves = jax.tree.leaves(nnx.state(loop.first_model(config), nnx.Param))
-    return [np.asarray(leaf) for leaf in leaves if leaf.ndim > 1 and leaf.size >= 2000]
+    weights = leaves(nnx.state(loop.first_model(config), nnx.Param))
+    return [weight for weight in weights if weight.ndim > 1 and weight.size >= 2000]
 
 
 @pytest.mark.parametrize("spread", [0.02, 0.1, None])

@@ -41,9 +41,7 @@ def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformati
     chain = optax.chain(
         optax.clip_by_global_norm(config.clip),
         scale_by_muon(adam) if config.kind == "muon" else adam,
-        optax.add_decayed_weights(
-            config.weight_decay, lambda parameters: jax.tree.map(lambda leaf: leaf.ndim > 1, parameters)
-        ),
+        optax.add_decayed_weights(config.weight_decay, kernels),
         optax.scale_by_learning_rate(schedule(config, steps)),
     )
     if config.accumulate == 1:
@@ -89,8 +87,13 @@ def scale_by_muon(adam: optax.GradientTransformation) -> optax.GradientTransform
     muon = optax.chain(orthogonal, optax.stateless(lambda steps, _: jax.tree.map(lengthened, steps)))
     return optax.partition(
         {"muon": muon, "adam": adam},
-        lambda parameters: jax.tree.map(lambda leaf: "muon" if leaf.ndim > 1 else "adam", parameters),
+        lambda parameters: jax.tree.map(lambda kernel: "muon" if kernel else "adam", kernels(parameters)),
     )
+
+
+def kernels(tree: Any) -> Any:
+    """Says of each leaf whether it is a matrix or a kernel, and not a bias or a scale."""
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
 
 
 def updates(state: Any) -> Any:
