@@ -457,6 +457,6 @@ CASES = [
     tiled("one-row", "up", 6, 22),
     tiled("one-column", "down", 22, 8),
     tiled("one", "down", 7, 8),
-    tiled_whole("vae-tiles", SINGLE, (1, 3, 17, 23, 3), 8, 2, gradients=False),
+    tiled_whole("vae-tiles", SINGLE, (1, 3, 17, 23, 3), 8, 2, gradients=False, slow=True),
     whole("vae-full-335M", FULL, (1, 9, 16, 24, 3), slow=True, large=True, gradients=False, draws=1),
 ]  # fmt: skip

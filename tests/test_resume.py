@@ -355,6 +355,7 @@ def whole_and_time(process, args, contents, folder):
     return contents(folder), time.monotonic() - began
 
 
+@pytest.mark.slow
 def test_a_process_killed_at_two_moments_writes_the_same_bytes_in_the_end(process, command_line, tmp_path, contents):
     args = command_line("reconstruct", tmp_path / "whole")
     process(*args[:2], tmp_path / "first.mp4", *args[3:]).wait()  # compiles
