@@ -76,7 +76,7 @@ def run(config: TrainConfig, data: Path, out: Path) -> None:
     from flax_vae.train.report import write_report
 
     keep_compiled()
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs the errors that it raises too, several times
+    without_echoes_of_orbax()
     with Run(config, data, out) as training, stopping() as stop:
         begin(training)
         with bar(training) as show:
@@ -90,6 +90,19 @@ def run(config: TrainConfig, data: Path, out: Path) -> None:
     end(out, stop.signal, done, config.steps)
     if done == config.steps:
         note(f"wrote {write_report(out)}; weights: flax-vae export {out} my_vae")
+
+
+def without_echoes_of_orbax() -> None:
+    """Keeps orbax from printing the errors that it raises, in its log and in threads that it leaves behind."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    before = sys.unraisablehook
+
+    def show(unraisable: Any) -> None:
+        # After the first write that fails, the others find the loop that waited for them closed: a page for each.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = show
 
 
 def begin(training: Run) -> None:

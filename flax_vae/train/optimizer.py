@@ -33,15 +33,15 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Gives AdamW with clipped gradients; weight decay is for matrices and kernels alone (Loshchilov & Hutter 2019).
+    """Gives AdamW with clipped gradients, or Muon in place of Adam for matrices and kernels.
 
-    Or Muon in place of Adam, for matrices and kernels.
+    Weight decay is for those alone (Loshchilov & Hutter 2019).
     """
     adam = scale_by_adam(config.beta1, config.beta2)
     chain = optax.chain(
         optax.clip_by_global_norm(config.clip),
         scale_by_muon(adam) if config.kind == "muon" else adam,
-        optax.add_decayed_weights(config.weight_decay, kernels),
+        optax.add_decayed_weights(config.weight_decay, are_kernels),
         optax.scale_by_learning_rate(schedule(config, steps)),
     )
     if config.accumulate == 1:
@@ -87,11 +87,11 @@ def scale_by_muon(adam: optax.GradientTransformation) -> optax.GradientTransform
     muon = optax.chain(orthogonal, optax.stateless(lambda steps, _: jax.tree.map(lengthened, steps)))
     return optax.partition(
         {"muon": muon, "adam": adam},
-        lambda parameters: jax.tree.map(lambda kernel: "muon" if kernel else "adam", kernels(parameters)),
+        lambda parameters: jax.tree.map(lambda is_kernel: "muon" if is_kernel else "adam", are_kernels(parameters)),
     )
 
 
-def kernels(tree: Any) -> Any:
+def are_kernels(tree: Any) -> Any:
     """Says of each leaf whether it is a matrix or a kernel, and not a bias or a scale."""
     return jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
 
