@@ -7,7 +7,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 _CHECKPOINT = (
     "checkpoint: a folder with config.json and *.safetensors (also sharded), .bin, .pt or .pth, "
-    "one such file beside its config.json, or a hub name owner/name"
+    "one such file beside its config.json, a hub name owner/name, or default, a small model in this package"
 )
 Checkpoint = Annotated[str, Positional, arg(metavar="CKPT", help=_CHECKPOINT)]
 Weights = Annotated[str, arg(metavar="CKPT", help=_CHECKPOINT)]

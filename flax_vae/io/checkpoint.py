@@ -28,6 +28,7 @@ from flax_vae.io.weights import (
 
 INDEX = ".index.json"
 NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")  # which weights to take where there are several
+DEFAULT = Path(__file__).parents[1] / "default_weights"
 WEIGHTS_FILE, CONFIG_FILE = "diffusion_pytorch_model.safetensors", "config.json"
 HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)((?:/\w[\w.-]*)*)/?", re.ASCII)
 JSON_LIMIT = 2**26  # bytes of a config or an index
@@ -37,13 +38,22 @@ JSON_LIMIT = 2**26  # bytes of a config or an index
 def open_checkpoint(path_or_hub_name: str | os.PathLike) -> Iterator["Checkpoint"]:
     """Opens a checkpoint directory, a weights file, or a hub name "owner/name[/folder]", which is downloaded.
 
+    "default" is the small model in this package, where there is nothing else of that name.
+
     Weights are .safetensors, also in shards with an index, or .bin, .pt, .pth; there the tensors may be in a
     `model` or `state_dict` among other things, which are left out. Raises FileNotFoundError where there is no such
     checkpoint, ImportError where torch is needed, and ValueError for files that are damaged, hostile, ambiguous, or
     not what their name says.
     """
+    yield Checkpoint(locate(path_or_hub_name))
+
+
+def locate(path_or_hub_name: str | os.PathLike) -> Path:
+    """Gives the directory or file that a name stands for, and downloads what is on the hub."""
     path = Path(path_or_hub_name)
-    yield Checkpoint(path if path.exists() else download(os.fspath(path_or_hub_name)))
+    if path.exists():
+        return path
+    return DEFAULT if path == Path("default") else download(os.fspath(path_or_hub_name))
 
 
 class Checkpoint:
