@@ -10,8 +10,8 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from flax_vae.cli.budget import read_budget
 from flax_vae.cli.clip import Clip, expected, open_clip, parse_size
-from flax_vae.cli.model import load, read_config
-from flax_vae.cli.options import Checkpoint, Frames, Memory, Size
+from flax_vae.cli.model import check_stream, load, read_config
+from flax_vae.cli.options import Checkpoint, Frames, Memory, Mesh, Size
 from flax_vae.cli.screen import note, progress
 from flax_vae.io.video import UNREADABLE
 
@@ -49,6 +49,7 @@ def eval(
     size: Size = None,
     frames: Frames = None,
     memory: Memory = None,
+    mesh: Mesh = None,
     lpips: NeedLPIPS = False,
     no_lpips: NoLPIPS = False,
     fvd: NeedFVD = False,
@@ -88,7 +89,8 @@ def eval(
     has_lpips = decide("lpips", lpips, no_lpips, lpips_file, GET_LPIPS)
     has_fvd = decide("fvd", fvd, no_fvd, i3d_file, GET_FVD)
     clips, failed = open_clips(data, config, size, frames, has_lpips)
-    model = load(weights)
+    check_stream(mesh, config, ((clip.height, clip.width) for clip in clips))
+    model = load(weights, mesh=mesh)
     instruments = prepare(model, clips, has_lpips, has_fvd, budget)
     out.mkdir(exist_ok=True)
     with progress("evaluating", expected(clips)) as meter:

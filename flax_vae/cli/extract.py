@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import Positional, arg
 
 from flax_vae.cli.budget import read_budget
-from flax_vae.cli.clip import open_clip
+from flax_vae.cli.clip import Clip, open_clip
 from flax_vae.cli.extraction import LATENTS, Extraction
-from flax_vae.cli.model import load, read_config
-from flax_vae.cli.options import Frames, LossyTiles, Memory, Size, Weights
+from flax_vae.cli.model import check_stream, load, read_config
+from flax_vae.cli.options import Frames, LossyTiles, Memory, Mesh, Size, Weights
 from flax_vae.cli.screen import note, table
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def extract(
     size: Size = None,
     frames: Frames = None,
     memory: Memory = None,
+    mesh: Mesh = None,
     part: Part = "1/1",
     lossy_tiles: LossyTiles = False,
 ) -> None:
@@ -75,14 +76,21 @@ def extract(
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file; give a folder to write")
     logs = check_parts(out, parts)
-    model = load(weights, lossy_tiles)
+    check_stream(mesh, config, ())
+
+    def open_entry(path: Path) -> Clip:
+        clip = open_clip(path, config, size, frames)
+        check_stream(mesh, config, [(clip.height, clip.width)])
+        return clip
+
+    model = load(weights, lossy_tiles, mesh)
     settings = {"size": size, "frames": frames, **model.identity}
     check_settings(logs, settings)
     (out / LATENTS).mkdir(parents=True, exist_ok=True)
     own = logs[number - 1]
     with Log(own, settings) as log, scratch(own.with_name(f".{own.stem}")) as folder:
         mine = [entry for i, entry in enumerate(entries) if i % parts == number - 1]
-        Extraction(out, model, budget, log, folder).run(mine, lambda path: open_clip(path, config, size, frames))
+        Extraction(out, model, budget, log, folder).run(mine, open_entry)
         finish(source, out, entries, logs, folder)
 
 
