@@ -17,7 +17,9 @@ from flax_vae.runtime.hlo_traffic import traffic
 
 KINDS = {"all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute"}
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-GROUPS = re.compile(r"replica_groups=\{\{([\d,]*)\}|replica_groups=\[\d+,(\d+)\]|replica_groups=mesh\[(.*?)\] \{(.*?)\}")
+GROUPS = re.compile(
+    r"replica_groups=\{\{([\d,]*)\}|replica_groups=\[\d+,(\d+)\]|replica_groups=mesh\[(.*?)\] \{(.*?)\}"
+)
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,7 @@ class Program:
     def __add__(self, other: Program) -> Program:
         exchanges = Counter(self.exchanges)
         exchanges.update(other.exchanges)
-        return Program(
-            self.flops + other.flops, self.bytes + other.bytes, exchanges, self.endless + other.endless
-        )
+        return Program(self.flops + other.flops, self.bytes + other.bytes, exchanges, self.endless + other.endless)
 
     def __mul__(self, times: int) -> Program:
         exchanges = Counter({each: times * count for each, count in self.exchanges.items()})
@@ -136,6 +136,8 @@ def trips(loop: Instruction, computations: dict[str, Computation]) -> int | None
     limits = {
         int(each.operands[0])
         for each in computations[condition].instructions.values()
-        if each.opcode == "constant" and each.arrays[0].dtype in ("s32", "u32", "s64", "u64") and not each.arrays[0].dims
+        if each.opcode == "constant"
+        and each.arrays[0].dtype in ("s32", "u32", "s64", "u64")
+        and not each.arrays[0].dims
     }
     return limits.pop() if len(limits) == 1 else None
