@@ -49,7 +49,8 @@ class Wanted:
         int | None,
         arg(metavar="N", help="frames at a time, a multiple of 8", help_behavior_hint="(default: all at once)"),
     ] = None
-    remat: Annotated[bool | None, arg(help="compute activations a second time", help_behavior_hint=OF_PRESET)] = None
+    remat: bool = True
+    """for training: compute activations a second time, in less memory"""
     frame_by_frame: bool = False
     """compute each block one frame after the other, in less memory"""
     precision: Annotated[Precision | None, arg(help="what is computed in", help_behavior_hint=OF_PRESET)] = None
@@ -81,7 +82,7 @@ def request_of(wanted: Wanted) -> Request:
         precision=wanted.precision or base.precision,
         preset=wanted.preset,
         chunk=wanted.chunk,
-        remat=wanted.job == "train" and (base.remat if wanted.remat is None else wanted.remat),
+        remat=wanted.job == "train" and wanted.remat,
         frame_by_frame=wanted.frame_by_frame,
     )
 

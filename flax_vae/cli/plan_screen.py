@@ -31,7 +31,8 @@ def show(report: Report) -> None:
 def title(request: Request) -> str:
     """Says in a line what is asked for."""
     clips = f"{request.batch} x {request.frames} frames of {request.height}x{request.width}"
-    return f"{request.job}, {request.model} model, {clips}, {request.precision}, on {request.topology}, {settings(request)}"
+    what = f"{request.job}, {request.model} model, {clips}, {request.precision}, on {request.topology}"
+    return f"{what}, {settings(request)}" if request.mesh else what
 
 
 def settings(request: Request) -> str:
@@ -51,7 +52,7 @@ def rows(report: Report) -> Iterator[Sequence[object]]:
     for name, size in (report.memory or {}).items():
         yield f"  {name}", amount(size)
     if report.flops is not None:
-        yield "flops of a device", f"{report.flops / 1e12:,.3f} T, of convolutions and products"
+        yield "flops of a device", f"{scaled(report.flops)}, of convolutions and products"
         yield "bytes of a device", amount(report.bytes)
     for entry in report.collectives or ():
         yield f"  {entry['kind']}", f"{entry['count']:,} times, {amount(entry['bytes'])}"
@@ -78,6 +79,12 @@ def amount(size: int | None) -> str:
     from flax_vae.runtime.plan import format_bytes
 
     return "not known" if size is None else format_bytes(size)
+
+
+def scaled(number: float) -> str:
+    """Writes a number with three digits, in thousands of thousands: 1.92 G."""
+    unit, factor = next(((u, f) for u, f in (("P", 1e15), ("T", 1e12), ("G", 1e9)) if number >= f), ("M", 1e6))
+    return f"{number / factor:.3g} {unit}"
 
 
 def duration(seconds: float) -> str:

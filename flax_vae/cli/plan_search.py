@@ -45,8 +45,8 @@ def searched(request: Request, most: int, as_json: bool) -> None:
 def candidates(request: Request) -> Iterator[Request]:
     """Yields ways to do what is asked for: more clips at a time on more devices first, what saves memory later.
 
-    Meshes are all that make as many devices as there are and divide the clips evenly. Remat, frame by frame and chunks
-    that the request has are kept; what it does not have is tried without and with it.
+    Meshes are all that make as many devices as there are and divide the clips evenly. Chunks and frame by frame that the
+    request has are kept; else both are tried too, and a step of training without and with remat.
     """
     ways = list(savings(request))
     meshes = list(admitted(request))
@@ -59,10 +59,10 @@ def candidates(request: Request) -> Iterator[Request]:
 
 def savings(request: Request) -> Iterator[Request]:
     """Yields the ways to take less memory, the fastest first."""
-    yield request
-    if request.job == "train" and not request.remat:
+    if request.job == "train":
+        yield replace(request, remat=False)
         request = replace(request, remat=True)
-        yield request
+    yield request
     chunks = [] if request.chunk else [size for size in (16, 8) if size < request.frames - 1]
     yield from (replace(request, chunk=size) for size in chunks)
     if not request.frame_by_frame:

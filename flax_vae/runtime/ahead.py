@@ -1,4 +1,4 @@
-"""Compiles programs for devices that are not there: each in a process of its own, which is told of them before jax starts.
+"""Compiles programs for devices that are not there: each in a process that is told of them before jax starts.
 
 T frames, H W pixels of a clip.
 """

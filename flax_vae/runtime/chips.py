@@ -51,7 +51,7 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Topology:
-    """Devices to compile for: a slice of TPUs, as v5e:4x4, virtual ones of this CPU, as cpu:8, or this machine's GPUs."""
+    """Devices to compile for: a slice of TPUs, as v5e:4x4, virtual ones, as cpu:8, or the GPUs of this machine."""
 
     name: str
     platform: str  # tpu, cpu or gpu
@@ -91,4 +91,6 @@ def parse_topology(text: str) -> Topology:
     if not re.fullmatch(rf"[1-9]\d*(x[1-9]\d*){{{chip.axes - 1}}}", sizes, re.ASCII):
         raise ValueError(f"--topology {text}: a slice of {chip.name} has {chip.axes} sides, as {chip.example}")
     shape = tuple(int(side) for side in sizes.split("x"))
+    if math.prod(shape) > 1 and (shape[0] % 2 or shape[1] % 2):
+        raise ValueError(f"--topology {text}: hosts have 2x2 chips, so both sides must be even, or all of them 1")
     return Topology(f"{chip.name}:{sizes}", "tpu", chip, shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
@@ -61,7 +61,7 @@ def windows(attributes: str) -> list[tuple[int, int, int, int, int]]:
     return list(zip(*(numbers(*name) for name in names), strict=True)) if axes else []
 
 
-@lru_cache(maxsize=None)
+@cache
 def products(inputs: int, outputs: int, size: int, stride: int, low: int, holes: int, dilation: int) -> int:
     """Counts along one axis the pairs of an output and a kernel entry that meet a real input."""
     places = np.arange(outputs)[:, None] * stride + np.arange(size) * dilation - low
