@@ -45,8 +45,8 @@ def searched(request: Request, most: int, as_json: bool) -> None:
 def candidates(request: Request) -> Iterator[Request]:
     """Yields ways to do what is asked for: more clips at a time on more devices first, what saves memory later.
 
-    Meshes are all that make as many devices as there are and divide the clips evenly. Chunks and frame by frame that the
-    request has are kept; else both are tried too, and a step of training without and with remat.
+    Meshes are all that make as many devices as there are and divide the clips evenly. Chunks and frame by frame that
+    are asked for are kept; else both are tried too, and a step of training without and with remat.
     """
     ways = list(savings(request))
     meshes = list(admitted(request))

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,7 @@ def read_answer(answer: dict[str, Any], request: Request) -> Report:
     """Makes a report of what the process says; raises its ValueError."""
     if "error" in answer:
         raise ValueError(answer["error"])
-    return replace(Report(**answer), request=request)
+    return Report(**{**answer, "request": request})
 
 
 def environment_for(topology: Topology) -> dict[str, str]:
