@@ -64,7 +64,10 @@ def test_reading_and_writing_keeps_every_key(values):
     written = VAEConfig.from_dict(values).to_dict()
     assert written == values
     assert json.loads(json.dumps(written)) == values
-    assert {field.name for field in dataclasses.fields(VAEConfig)} == set(values) - {"_class_name"} | {"remat", "frame_by_frame"}
+    assert {field.name for field in dataclasses.fields(VAEConfig)} == set(values) - {"_class_name"} | {
+        "remat",
+        "frame_by_frame",
+    }
 
 
 def test_released_values_are_the_defaults():

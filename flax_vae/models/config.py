@@ -17,7 +17,7 @@ _DOWN, _UP = "DownEncoderBlockCausal3D", "UpDecoderBlockCausal3D"
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """What a checkpoint's config.json says; every field but the last two is a public key, its default the released model's.
+    """What a checkpoint's config.json says: every field but the last two is a public key, by default as released.
 
     Lists have one entry a block, in the order in which the encoder or the decoder runs its blocks;
     `decoder_block_out_channels` alone is given from the pixels to the latents. `encoder_double_z`,

@@ -56,9 +56,7 @@ def named(sizes: Mapping[str, int]) -> str:
     return ",".join(f"{axis}={size}" for axis, size in sizes.items())
 
 
-def check_sizes(
-    sizes: Mapping[str, int], config: VAEConfig, batch: int, frames: int, height: int, width: int
-) -> None:
+def check_sizes(sizes: Mapping[str, int], config: VAEConfig, batch: int, frames: int, height: int, width: int) -> None:
     """Raises ValueError, with the sizes that would do, unless the mesh divides clips of this shape evenly.
 
     Each device gets as many clips, as many latents after the first, which is a chunk of its own, and as many rows and
@@ -79,7 +77,11 @@ def check_sizes(
         law = f"a multiple of {unit * size}"
         if axis == "time":
             law = f"clips of {unit * size}k + 1 frames, such as {unit * size + 1}"
-        other = f", or height={size} in its place" if axis == "time" and height % (config.spatial_factor * size) == 0 else ""
+        other = (
+            f", or height={size} in its place"
+            if axis == "time" and height % (config.spatial_factor * size) == 0
+            else ""
+        )
         problems.append(f"{length} {what} over {axis}={size}: expected {law}, or {axis}={fitting}{other}")
     if problems:
         raise ValueError(f"the mesh {named(sizes)} does not divide the work evenly:\n  " + "\n  ".join(problems))
@@ -90,9 +92,9 @@ def clip_spec(time_is_divided: bool) -> Spec:
     return Spec("data", "time" if time_is_divided else None, "height", "width", None)
 
 
-def placed(mesh: Mesh, spec: Spec = Spec()) -> NamedSharding:
+def placed(mesh: Mesh, spec: Spec | None = None) -> NamedSharding:
     """Gives the sharding of an array on the mesh; without a spec, all of it lies on every device."""
-    return NamedSharding(mesh, spec)
+    return NamedSharding(mesh, Spec() if spec is None else spec)
 
 
 def weights_spec(path: Any, leaf: Any, devices: int) -> Spec:

@@ -24,6 +24,7 @@ from flax_vae.layers.chunks import Step, checked_chunk, in_chunks
 from flax_vae.layers.geometry import latent_frames
 from flax_vae.layers.lowering import lowered
 from flax_vae.layers.neighbour import FromNeighbour
+from flax_vae.models.config import VAEConfig
 from flax_vae.models.vae import CausalVideoVAE
 from flax_vae.runtime.mesh import check_sizes, clip_spec, placed
 
@@ -32,7 +33,7 @@ Parts = tuple[Any, ...]
 
 def encode(vae: CausalVideoVAE, video: Any, mesh: Mesh, chunk: int | None = None) -> Any:
     """Encodes (B, T, H, W, 3) on a mesh to what `vae.encode` gives; ValueError where the mesh does not divide it."""
-    check_clip(vae, mesh, video.shape[:4], chunk)
+    check_clip(vae.config, mesh, video.shape[:4], chunk)
     structure, state = nnx.split(vae)
     return joined(_run(structure, CausalVideoVAE.encode_chunk, mesh, chunk, everywhere(state, mesh), put(video, mesh)))
 
@@ -43,16 +44,20 @@ def decode(vae: CausalVideoVAE, latents: Any, mesh: Mesh, chunk: int | None = No
     Raises ValueError where the mesh does not divide them.
     """
     frames, height, width, _ = vae.config.video_shape(*latents.shape[1:4])
-    check_clip(vae, mesh, (latents.shape[0], frames, height, width), chunk and chunk * vae.config.temporal_factor)
+    check_clip(
+        vae.config, mesh, (latents.shape[0], frames, height, width), chunk and chunk * vae.config.temporal_factor
+    )
     structure, state = nnx.split(vae)
-    return joined(_run(structure, CausalVideoVAE.decode_chunk, mesh, chunk, everywhere(state, mesh), put(latents, mesh)))
+    return joined(
+        _run(structure, CausalVideoVAE.decode_chunk, mesh, chunk, everywhere(state, mesh), put(latents, mesh))
+    )
 
 
 def lower_encode(
     vae: CausalVideoVAE, mesh: Mesh, shape: Sequence[int], chunk: int | None = None, dtype: Any = jnp.float32
 ) -> jax.stages.Lowered:
     """Gives the program that encodes clips of a shape (B, T, H, W) in pixels, `chunk` frames at a time."""
-    check_clip(vae, mesh, shape, chunk)
+    check_clip(vae.config, mesh, shape, chunk)
     parts = abstract((*shape, vae.config.encoder_in_channels), mesh, dtype)
     return _lower(vae, mesh, CausalVideoVAE.encode_chunk, chunk, parts)
 
@@ -61,15 +66,14 @@ def lower_decode(
     vae: CausalVideoVAE, mesh: Mesh, shape: Sequence[int], chunk: int | None = None, dtype: Any = jnp.float32
 ) -> jax.stages.Lowered:
     """Gives the program that decodes to clips of a shape (B, T, H, W) in pixels, `chunk` frames at a time."""
-    check_clip(vae, mesh, shape, chunk)
+    check_clip(vae.config, mesh, shape, chunk)
     latents = (shape[0], *vae.config.latent_shape(*shape[1:]))
     chunk = chunk and chunk // vae.config.temporal_factor
     return _lower(vae, mesh, CausalVideoVAE.decode_chunk, chunk, abstract(latents, mesh, dtype))
 
 
-def check_clip(vae: CausalVideoVAE, mesh: Mesh, shape: Sequence[int], chunk: int | None) -> None:
+def check_clip(config: VAEConfig, mesh: Mesh, shape: Sequence[int], chunk: int | None) -> None:
     """Raises ValueError unless the mesh divides clips of a shape (B, T, H, W), computed `chunk` frames at a time."""
-    config = vae.config
     latent_frames(shape[1], config.temporal_factor)
     check_sizes(mesh.shape, config, *shape)
     one_by_one = chunk is not None or config.frame_by_frame
@@ -143,15 +147,31 @@ def over_time(module: nnx.Module, step: Step, x: Any, carry: Any, mesh: Mesh | N
     structure, state = nnx.split(module)
     divided = Spec(None, "time")
 
-    @partial(
-        jax.shard_map, mesh=mesh, axis_names={"time"}, in_specs=(Spec(), divided, Spec()), out_specs=(divided, Spec())
-    )
     def run(state, x, carry):
         carry = jax.tree.map(lambda leaf: FromNeighbour(leaf, "time"), carry)
         result, after = step(nnx.merge(structure, state), x, carry)
         return result, jax.tree.map(_of_last, after)
 
-    return run(state, x, carry)
+    return divided_over(mesh, {"time"}, (Spec(), divided, Spec()), (divided, Spec()))(run)(state, x, carry)
+
+
+def divided_over(mesh: Mesh, axes: set[str], inputs: Any, outputs: Any) -> Callable:
+    """Gives a decorator for what each device of these axes computes by itself; XLA divides it over the others."""
+    # Without the check, as the gradients of convolutions do not say over which axes they vary.
+    return partial(jax.shard_map, mesh=mesh, axis_names=axes, in_specs=inputs, out_specs=outputs, check_vma=False)
+
+
+def of_frames(function: Callable[..., jax.Array], weights: Any, *clips: jax.Array, mesh: Mesh | None, part: int) -> Any:
+    """Gives `function(weights, *clips)`, of shape (B, T), each device computing it of the frames that it has.
+
+    The clips are the parts of one number, 0 or 1, of clips on the mesh.
+    """
+    if mesh is None:
+        return function(weights, *clips)
+    divided = Spec("data", "time") if part else Spec("data")
+    axes = {"data", "time"} if part else {"data"}
+    places = (Spec(), *(divided for _ in clips))
+    return divided_over(mesh, axes, places, divided)(function)(weights, *clips)
 
 
 def _of_last(leaf: jax.Array) -> jax.Array:
