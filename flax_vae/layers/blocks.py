@@ -9,7 +9,8 @@ from flax import nnx
 
 from flax_vae.layers.attention import Attention
 from flax_vae.layers.chunks import in_chunks
-from flax_vae.layers.conv import Clip
+from flax_vae.layers.conv import CausalConv3d, Clip
+from flax_vae.layers.norm import CausalGroupNorm
 from flax_vae.layers.resample import SpatialDownsample, SpatialUpsample, TemporalDownsample, TemporalUpsample
 from flax_vae.layers.resnet import CausalResnetBlock
 
@@ -18,8 +19,8 @@ def thread(layers: Iterable, x: Clip, carry=None, remat: bool = False, frame_by_
     """Runs `x` through layers that see time; the carry is one entry a layer, or None at the start of a stream.
 
     With `remat` a gradient keeps only what passes between the layers, and computes each of them a second time. With
-    `frame_by_frame` each layer computes one frame after the other, so that the inside of a layer takes the memory of
-    one; a layer that halves time takes two. A gradient keeps no more than with `remat`.
+    `frame_by_frame` a frame goes through as many layers as can take one, before the next does: all of them take the
+    memory of one frame. A layer that halves time takes two, and waits for those of the whole chunk.
     Returns the output and the new carry. Raises ValueError when the carry has another number of entries.
     """
     layers = list(layers)
@@ -28,12 +29,18 @@ def thread(layers: Iterable, x: Clip, carry=None, remat: bool = False, frame_by_
         raise ValueError(
             f"a carry of {len(before)} entries cannot go through {len(layers)} layers: use the carry of the same model"
         )
-    run = step_by_step if frame_by_frame else nnx.remat(call, graph_updates=False) if remat else call
-    after = []
-    for layer, entry in zip(layers, before, strict=True):
-        x, entry = run(layer, x, entry)
-        after.append(entry)
-    return x, tuple(after)
+    run = nnx.remat(call, graph_updates=False) if remat else call
+    steps = cascades(layers) if frame_by_frame else [(layer,) for layer in layers]
+    after: tuple = ()
+    for step in steps:
+        entries = before[len(after) : len(after) + len(step)]
+        if frame_by_frame:
+            x, entries = cascade(step, x, entries)
+        else:
+            x, entry = run(*step, x, *entries)
+            entries = (entry,)
+        after += entries
+    return x, after
 
 
 def call(layer, x: Clip, carry):
@@ -41,9 +48,45 @@ def call(layer, x: Clip, carry):
     return layer(x, carry)
 
 
-def step_by_step(layer, x: Clip, carry):
-    """Runs one layer on as few frames at a time as it can take."""
-    return in_chunks(layer, call, x, getattr(layer, "frames_a_step", 1), carry)
+def cascades(layers: Iterable) -> list[tuple]:
+    """Cuts layers into those that a frame can go through at once: before each that takes more than one."""
+    parts: list[tuple] = []
+    for layer in layers:
+        if not parts or frames_a_step(layer) > 1:
+            parts.append(())
+        parts[-1] += (layer,)
+    return parts
+
+
+def cascade(layers: tuple, x: Clip, carry: tuple):
+    """Runs layers on as few frames at a time as the first takes; all that comes of these before the next ones."""
+    return in_chunks(layers, fall, x, frames_a_step(layers[0]), None if carry[0] is None else carry)
+
+
+def fall(layers: tuple, x: Clip, carry):
+    """Runs the first layer, and the others in a cascade."""
+    before = (None,) * len(layers) if carry is None else carry
+    x, first = layers[0](x, before[0])
+    if len(layers) == 1:
+        return x, (first,)
+    x, rest = cascade(layers[1:], x, before[1:])
+    return x, (first, *rest)
+
+
+def frames_a_step(layer) -> int:
+    """Gives how many frames a layer takes at a time."""
+    return getattr(layer, "frames_a_step", 1)
+
+
+class Output(nnx.Module):
+    """The end of an encoder or decoder: a norm, silu and a causal convolution."""
+
+    def __init__(self, norm: CausalGroupNorm, conv: CausalConv3d):
+        self.norm, self.conv = norm, conv
+
+    def __call__(self, x: Clip, carry=None):
+        """Maps (B, T, H, W, C) to (B, T, H, W, out); returns it and the carry."""
+        return self.conv(nnx.silu(self.norm(x)), carry)
 
 
 def resnet_chain(channels: int, out_channels: int, num_layers: int, *args, rngs: nnx.Rngs) -> nnx.List:

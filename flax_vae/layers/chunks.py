@@ -11,10 +11,10 @@ from jaxtyping import Array, ArrayLike
 
 from flax_vae.layers.conv import Clip
 
-Step = Callable[[Any, Clip, Any], tuple[Any, Any]]  # (module, chunk, carry) -> (result, carry)
+Step = Callable[[Any, Clip, Any], tuple[Any, Any]]  # (module or several, chunk, carry) -> (result, carry)
 
 
-def in_chunks(module: nnx.Module, step: Step, x: Clip, size: int, carry: Any = None) -> tuple[Any, Any]:
+def in_chunks(module: nnx.Module | tuple, step: Step, x: Clip, size: int, carry: Any = None) -> tuple[Any, Any]:
     """Gives what `step(module, x, carry)` gives of the whole (B, T, H, W, C), computed `size` frames at a time.
 
     The first chunk takes the 1 + (T - 1) % size frames that are left over, the others are one `lax.scan`. Between

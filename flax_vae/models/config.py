@@ -27,8 +27,8 @@ class VAEConfig:
     values in less memory; switch them on with `dataclasses.replace(config, remat=True)`. With `remat` a gradient keeps
     only what passes from block to block and computes the inside of each block a second time. XLA's CPU backend does
     that too early to save memory, unless its pass cse_barrier_expander is disabled (xla_disable_hlo_passes); it needs
-    nothing elsewhere. With `frame_by_frame` each block computes one frame after the other, so that its inside takes the
-    memory of one frame, in a gradient too: for frames so large that those of one latent do not fit.
+    nothing elsewhere. With `frame_by_frame` a frame goes through as many blocks as can take one before the next does,
+    in the memory of one frame, in a gradient too: for frames so large that those of one latent do not fit.
 
     Raises ValueError naming every key whose value is wrong or not supported.
     """

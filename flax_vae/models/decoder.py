@@ -2,8 +2,7 @@
 
 from flax import nnx
 
-from flax_vae.layers.blocks import MidBlock, UpBlock, thread
-from flax_vae.layers.chunks import in_chunks
+from flax_vae.layers.blocks import MidBlock, Output, UpBlock, thread
 from flax_vae.layers.conv import CausalConv3d, Clip
 from flax_vae.layers.norm import CausalGroupNorm
 from flax_vae.models.config import VAEConfig
@@ -36,12 +35,5 @@ class Decoder(nnx.Module):
 
     def __call__(self, z: Clip, carry=None):
         """Decodes latents or a chunk of them; returns the frames and the carry."""
-        body, last = (None, None) if carry is None else carry
-        layers = [self.conv_in, self.mid_block, *self.up_blocks]
-        x, body = thread(layers, z, body, self.remat, self.frame_by_frame)
-        x, last = in_chunks(self, Decoder.to_pixels, x, 1, last) if self.frame_by_frame else self.to_pixels(x, last)
-        return x, (body, last)
-
-    def to_pixels(self, x: Clip, carry=None):
-        """Turns what the blocks give into the frames; returns them and the carry."""
-        return self.conv_out(nnx.silu(self.conv_norm_out(x)), carry)
+        layers = [self.conv_in, self.mid_block, *self.up_blocks, Output(self.conv_norm_out, self.conv_out)]
+        return thread(layers, z, carry, self.remat, self.frame_by_frame)

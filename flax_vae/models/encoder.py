@@ -2,7 +2,7 @@
 
 from flax import nnx
 
-from flax_vae.layers.blocks import DownBlock, MidBlock, thread
+from flax_vae.layers.blocks import DownBlock, MidBlock, Output, thread
 from flax_vae.layers.conv import CausalConv3d, Clip
 from flax_vae.layers.norm import CausalGroupNorm
 from flax_vae.models.config import VAEConfig
@@ -35,8 +35,5 @@ class Encoder(nnx.Module):
 
     def __call__(self, x: Clip, carry=None):
         """Encodes a clip or a chunk of one; returns the moments and the carry."""
-        body, last = (None, None) if carry is None else carry
-        layers = [self.conv_in, *self.down_blocks, self.mid_block]
-        x, body = thread(layers, x, body, self.remat, self.frame_by_frame)
-        x, last = self.conv_out(nnx.silu(self.conv_norm_out(x)), last)
-        return x, (body, last)
+        layers = [self.conv_in, *self.down_blocks, self.mid_block, Output(self.conv_norm_out, self.conv_out)]
+        return thread(layers, x, carry, self.remat, self.frame_by_frame)
