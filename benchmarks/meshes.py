@@ -1,0 +1,106 @@
+"""Whether a step of training on a mesh of devices is that of one device: python -m benchmarks.meshes
+
+Eight devices of the CPU, float64, the released network in little with LPIPS and a GAN on frames: the largest relative
+differences of the latents and the video, of the losses, and of the gradients by every parameter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from dataclasses import replace
+from typing import Any
+
+DEVICES = 8
+MESHES = [
+    "data=2",
+    "time=2",
+    "time=4",
+    "height=2",
+    "height=4",
+    "width=4",
+    "height=2,width=2",
+    "time=2,height=2",
+    "time=2,width=2",
+    "data=2,height=2,width=2",
+    "data=2,time=2,height=2",
+    "time=2,height=2,width=2",
+]
+BATCH, FRAMES, SIZE = 2, 33, 32
+FAST = {"xla_backend_optimization_level": 0}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--meshes", nargs="+", default=MESHES, help="as data=2,height=2")
+    args = parser.parse_args()
+    os.environ["JAX_PLATFORMS"], os.environ["XLA_FLAGS"] = "cpu", f"--xla_force_host_platform_device_count={DEVICES}"
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    clip = jax.random.uniform(jax.random.key(2), (BATCH, FRAMES, SIZE, SIZE, 3), minval=-1.0)
+    alone = results(clip, None)
+    print(f"{FRAMES} frames of {SIZE}x{SIZE}, batch {BATCH}, float64; largest relative differences to one device\n")
+    print("| mesh | forward | losses | gradients |\n|---|---:|---:|---:|")
+    for mesh in args.meshes:
+        found = results(clip, mesh)
+        errors = [max(map(difference, *pair)) for pair in zip(found, alone, strict=True)]
+        print(f"| {mesh} | {' | '.join(f'{error:.1e}' for error in errors)} |", flush=True)
+
+
+def results(clip: Any, text: str | None) -> tuple[list[Any], list[Any], list[Any]]:
+    """Gives latents and video; the losses of a step; the gradients, of which AdamW's first moments are equal shares."""
+    import jax
+    from flax import nnx
+
+    from flax_vae.models.config import narrow
+    from flax_vae.models.vae import CausalVideoVAE
+    from flax_vae.runtime import parallel
+    from flax_vae.runtime.mesh import make_mesh, parse_mesh
+    from flax_vae.train.config import PRESETS, GanConfig, LossConfig, OptimizerConfig
+    from flax_vae.train.discriminator import PatchDiscriminator
+    from flax_vae.train.lpips import LPIPS
+    from flax_vae.train.step import Trainer
+
+    sizes = parse_mesh(text or "data=1")
+    mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
+    config = replace(
+        PRESETS["stage1"],
+        clips=replace(PRESETS["stage1"].clips, batch=BATCH, frames=FRAMES, size=SIZE, images=0.0),
+        loss=LossConfig(lpips_frames=4),
+        gan=GanConfig("frames"),
+        optimizer=OptimizerConfig(clip=1e9),
+        remat=False,
+    )
+    object.__setattr__(config, "precision", "float64")  # a run has no such precision
+    model = narrow((4, 8, 8, 8), groups=4, encoder_layers=1, decoder_layers=1)
+    vae = wide(CausalVideoVAE(model, rngs=nnx.Rngs(0)))
+    posterior = parallel.encode(vae, clip, mesh)
+    forward = [posterior.mean, posterior.logvar, parallel.decode(vae, posterior.mean, mesh)]
+    lpips, judge = wide(LPIPS((4,) * 5, rngs=nnx.Rngs(1))), wide(PatchDiscriminator((4, 6, 8), rngs=nnx.Rngs(2)))
+    trainer = Trainer(config, vae, lpips, judge, compiler_options=FAST, mesh=mesh)
+    state, metrics = trainer.step(trainer.start(), clip, with_gan=True)
+    gradients = jax.tree.leaves([state.optimizer[1].mu, state.discriminator_optimizer[1].mu])
+    return jax.device_get((forward, [metrics[name] for name in sorted(metrics)], gradients))
+
+
+def wide(module: Any) -> Any:
+    """Gives a module with ten times its random weights, which then matter, in float64."""
+    import jax
+    from flax import nnx
+
+    structure, state = nnx.split(module)
+    return nnx.merge(structure, jax.tree.map(lambda x: (10 * x if x.ndim > 1 else x).astype("float64"), state))
+
+
+def difference(found: Any, expected: Any) -> float:
+    """Gives the largest difference of two arrays relative to the largest value; 0 where all is rounding of zero."""
+    import numpy as np
+
+    scale = np.abs(expected).max()
+    return float(np.abs(found - expected).max() / scale) if scale > 1e-12 else 0.0
+
+
+if __name__ == "__main__":
+    main()
