@@ -9,9 +9,9 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, NoReturn, Union
 
-from flax_vae.runtime.cluster import leave
+from flax_vae.runtime.cluster import is_joined, leave
 
 COMMANDS = ("info", "port", "encode", "decode", "reconstruct", "eval", "extract", "train", "export", "demo")
 EXTRAS = {"av": "video", "matplotlib": "video", "torch": "torch", "grain": "train", "orbax": "train", "optax": "train"}
@@ -102,8 +102,10 @@ def missing_package(error: ModuleNotFoundError) -> str:
     return f"this command needs the package {name}: pip install {wanted}"
 
 
-def crash() -> None:
-    """Ends with the traceback of an error that nobody expected."""
+def crash() -> NoReturn:
+    """Raises the error that nobody expected; in a cluster, shows it and ends at once, so that the others end too."""
+    if not is_joined():
+        raise  # what is being handled where this is called
     traceback.print_exc()
     leave(1)
 

@@ -78,3 +78,4 @@ MeasureTiles = Annotated[
     ),
 ]
 Processes = Annotated[Cluster, FlagCreatePairsOff, arg(name="")]
+NO_CLUSTER = Cluster()

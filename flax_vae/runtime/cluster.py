@@ -126,12 +126,17 @@ def give_up(cluster: Cluster) -> NoReturn:
 
 def leave(code: int) -> NoReturn:
     """Ends the process, at once where it is still one of a cluster: Python's own way out waits for the others."""
-    jax = sys.modules.get("jax")
-    if jax is not None and jax.distributed.is_initialized():
+    if is_joined():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def is_joined() -> bool:
+    """Tells whether this process is one of a cluster at the moment; loads no jax for it."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
 
 
 def process() -> tuple[int, int]:
