@@ -449,6 +449,7 @@ CASES = [
     whole("vae-uneven", UNEVEN, (1, 5, 9, 11, 3), slow=True),
     whole("vae-remat", replace(SINGLE, remat=True), (2, 3, 5, 4, 3), slow=True),
     whole("vae-chunks", SINGLE, (2, 5, 5, 4, 3), chunk=2, slow=True),
+    whole("vae-frame-by-frame", replace(SINGLE, frame_by_frame=True), (2, 5, 5, 4, 3), slow=True),
     tiled("last-merged", "up", 20, 26),
     tiled("last-as-long-as-stride", "up", 18, 14),
     tiled("odd-size", "down", 17, 23),

@@ -75,7 +75,7 @@ def apart(a, b):
 def test_any_length_in_chunks_of_any_size_is_the_whole(chain, noise, half, half_size, dtype):
     x = noise((2, 2 * half + 1, 3, 2, 2), half).astype(dtype)
     chain = cast(chain, dtype)
-    assert apart(in_chunks(chain, Chain.step, x, 2 * half_size), chain.step(x)[0]) < TOLERANCE[dtype]
+    assert apart(in_chunks(chain, Chain.step, x, 2 * half_size)[0], chain.step(x)[0]) < TOLERANCE[dtype]
 
 
 def spoiled(spoil):
@@ -115,7 +115,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_noticed(chain, noise, mistake):
     def check(step, order):
-        assert apart(in_chunks(chain, step, x[:, jnp.array(order)], 2), chain.step(x)[0]) < TOLERANCE["float64"]
+        assert apart(in_chunks(chain, step, x[:, jnp.array(order)], 2)[0], chain.step(x)[0]) < TOLERANCE["float64"]
 
     x = noise((2, 9, 3, 2, 2))
     check(Chain.step, ORDER)
@@ -222,7 +222,7 @@ class Dropping(nnx.Module):
 
 def test_random_state_moves_on_with_every_chunk_and_every_call():
     module, x = Dropping(rngs=nnx.Rngs(0)), jnp.ones((1, 5, 4, 4, 4))
-    first, second = (in_chunks(module, Dropping.step, x, 2) for _ in range(2))
+    first, second = (in_chunks(module, Dropping.step, x, 2)[0] for _ in range(2))
     frames = [frame for y in (first[:, ::2], second[:, ::2]) for frame in np.asarray(y).swapaxes(0, 1)]
     assert len({frame.tobytes() for frame in frames}) == 6
     assert {int(leaf) for leaf in jax.tree.leaves(nnx.state(module, nnx.RngCount))} == {6}

@@ -64,7 +64,10 @@ def test_reading_and_writing_keeps_every_key(values):
     written = VAEConfig.from_dict(values).to_dict()
     assert written == values
     assert json.loads(json.dumps(written)) == values
-    assert {field.name for field in dataclasses.fields(VAEConfig)} == set(values) - {"_class_name"} | {"remat"}
+    assert {field.name for field in dataclasses.fields(VAEConfig)} == set(values) - {"_class_name"} | {
+        "remat",
+        "frame_by_frame",
+    }
 
 
 def test_released_values_are_the_defaults():
@@ -144,16 +147,17 @@ def test_refused_by_name(key, value, message):
         VAEConfig.from_dict(RELEASED | {key: value})
 
 
-def test_remat_is_of_the_run_and_of_no_config_file():
-    config = dataclasses.replace(VAEConfig.from_dict(UNEVEN), remat=True)
-    assert config.remat
+@pytest.mark.parametrize("setting", ["remat", "frame_by_frame"])
+def test_a_setting_of_the_run_is_in_no_config_file(setting):
+    config = dataclasses.replace(VAEConfig.from_dict(UNEVEN), **{setting: True})
+    assert getattr(config, setting)
     assert config != VAEConfig.from_dict(UNEVEN)
     assert config.to_dict() == UNEVEN
     for value in (True, False):
-        with pytest.raises(ValueError, match=r"unknown config keys: remat; a config\.json has no such settings"):
-            VAEConfig.from_dict(UNEVEN | {"remat": value})
-    with pytest.raises(ValueError, match="remat must be bool, got 'yes'"):
-        dataclasses.replace(config, remat="yes")
+        with pytest.raises(ValueError, match=rf"unknown config keys: {setting}; a config\.json has no such settings"):
+            VAEConfig.from_dict(UNEVEN | {setting: value})
+    with pytest.raises(ValueError, match=f"{setting} must be bool, got 'yes'"):
+        dataclasses.replace(config, **{setting: "yes"})
 
 
 def test_every_problem_is_named_at_once():

@@ -136,7 +136,7 @@ def test_weights_of_lpips_are_no_constants_of_the_program():
     trainer = made(replace(CONFIG, loss=LossConfig()), LPIPS((4, 4, 4, 4, 64), rngs=nnx.Rngs(0)))
     weights = jax.tree.leaves(trainer._lpips_weights)
     step = partial(trainer._step, with_gan=True)
-    program = jax.make_jaxpr(step)(trainer.start(), trainer._lpips_weights, frames())
+    program = jax.make_jaxpr(step)(trainer.start(), trainer._lpips_weights, (frames(),))
     assert sum(leaf.size for leaf in weights) > 70_000
     assert sum(np.size(constant) for constant in program.consts) < 1000
 

@@ -15,6 +15,8 @@ import numpy as np
 from flax_vae.cli.screen import note
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from flax_vae.io.checkpoint import Checkpoint
     from flax_vae.models.config import VAEConfig
     from flax_vae.models.vae import CausalVideoVAE
@@ -68,6 +70,13 @@ def load(checkpoint: str, lossy_tiles: bool = False) -> Model:
     note(f"loading {checkpoint}")
     vae = CausalVideoVAE.from_pretrained(checkpoint)
     return Model(vae, LossyTiles(vae, LossyTiling()) if lossy_tiles else vae, weights_hash(vae))
+
+
+def open_mesh(text: str | None) -> Mesh | None:
+    """Gives the mesh that --mesh asks for, over all devices; ValueError where there are not as many."""
+    from flax_vae.runtime.mesh import make_mesh, parse_mesh
+
+    return None if text is None else make_mesh(parse_mesh(text))
 
 
 def keep_compiled() -> None:

@@ -51,6 +51,15 @@ Memory = Annotated[
         help_behavior_hint="(default: a share of the device's)",
     ),
 ]
+Mesh = Annotated[
+    str | None,
+    arg(
+        metavar="AXIS=N,...",
+        help="devices that share the work, by what they divide: data (clips of a batch), time, height (or space), "
+        "width; as data=4,height=2; docs/scaling.md says which to take",
+        help_behavior_hint="(default: one device)",
+    ),
+]
 Resume = Annotated[
     bool,
     FlagCreatePairsOff,

@@ -12,8 +12,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tyro.conf import arg
+from tyro.conf import FlagCreatePairsOff, arg
 
+from flax_vae.cli.options import Mesh
 from flax_vae.cli.screen import note
 from flax_vae.train.config import PRESETS, TrainConfig
 
@@ -37,6 +38,15 @@ Preset = Annotated[
         "frames of 256 x 256 and a tenth images; stage2: clips of 57 frames alone"
     ),
 ]
+Fsdp = Annotated[
+    bool,
+    FlagCreatePairsOff,
+    arg(
+        help="with --mesh: the devices of data share the weights and the optimizer too, each keeping a part of them "
+        "and sending it to the others when it is needed",
+        help_behavior_hint="",
+    ),
+]
 SHOWN = 50  # steps over which the numbers on the screen are averaged
 
 
@@ -47,9 +57,14 @@ def with_preset(args: Sequence[str]) -> Callable[..., None]:
     chosen: Any = named[-1] if named and named[-1] in PRESETS else "tiny"
 
     def train(
-        data: Data, out: Out, preset: Preset = chosen, config: Annotated[TrainConfig, arg(name="")] = PRESETS[chosen]
+        data: Data,
+        out: Out,
+        preset: Preset = chosen,
+        mesh: Mesh = None,
+        fsdp: Fsdp = False,
+        config: Annotated[TrainConfig, arg(name="")] = PRESETS[chosen],
     ) -> None:
-        run(config, data, out)
+        run(config, data, out, mesh, fsdp)
 
     train.__doc__ = TRAIN
     return train
@@ -67,17 +82,17 @@ Example:
 """
 
 
-def run(config: TrainConfig, data: Path, out: Path) -> None:
+def run(config: TrainConfig, data: Path, out: Path, mesh: str | None, fsdp: bool) -> None:
     """Trains until the last step, or until it is asked to stop."""
     import matplotlib  # noqa: F401  # needed at the first picture, so a missing one would be noticed too late
 
-    from flax_vae.cli.model import keep_compiled
+    from flax_vae.cli.model import keep_compiled, open_mesh
     from flax_vae.train.loop import Run
     from flax_vae.train.report import write_report
 
     keep_compiled()
     without_echoes_of_orbax()
-    with Run(config, data, out) as training, stopping() as stop:
+    with Run(config, data, out, open_mesh(mesh), fsdp) as training, stopping() as stop:
         begin(training)
         with bar(training) as show:
             for record in training.steps():

@@ -8,15 +8,18 @@ from collections.abc import Iterable
 from flax import nnx
 
 from flax_vae.layers.attention import Attention
+from flax_vae.layers.chunks import in_chunks
 from flax_vae.layers.conv import Clip
 from flax_vae.layers.resample import SpatialDownsample, SpatialUpsample, TemporalDownsample, TemporalUpsample
 from flax_vae.layers.resnet import CausalResnetBlock
 
 
-def thread(layers: Iterable, x: Clip, carry=None, remat: bool = False):
+def thread(layers: Iterable, x: Clip, carry=None, remat: bool = False, frame_by_frame: bool = False):
     """Runs `x` through layers that see time; the carry is one entry a layer, or None at the start of a stream.
 
-    With `remat` a gradient keeps only what passes between the layers, and computes each of them a second time.
+    With `remat` a gradient keeps only what passes between the layers, and computes each of them a second time. With
+    `frame_by_frame` each layer computes one frame after the other, so that the inside of a layer takes the memory of
+    one; a layer that halves time takes two. A gradient keeps no more than with `remat`.
     Returns the output and the new carry. Raises ValueError when the carry has another number of entries.
     """
     layers = list(layers)
@@ -25,7 +28,7 @@ def thread(layers: Iterable, x: Clip, carry=None, remat: bool = False):
         raise ValueError(
             f"a carry of {len(before)} entries cannot go through {len(layers)} layers: use the carry of the same model"
         )
-    run = nnx.remat(call, graph_updates=False) if remat else call
+    run = step_by_step if frame_by_frame else nnx.remat(call, graph_updates=False) if remat else call
     after = []
     for layer, entry in zip(layers, before, strict=True):
         x, entry = run(layer, x, entry)
@@ -36,6 +39,11 @@ def thread(layers: Iterable, x: Clip, carry=None, remat: bool = False):
 def call(layer, x: Clip, carry):
     """Runs one layer, as a function of the layer, whose parameters and random state a transformation is to see."""
     return layer(x, carry)
+
+
+def step_by_step(layer, x: Clip, carry):
+    """Runs one layer on as few frames at a time as it can take."""
+    return in_chunks(layer, call, x, getattr(layer, "frames_a_step", 1), carry)
 
 
 def resnet_chain(channels: int, out_channels: int, num_layers: int, *args, rngs: nnx.Rngs) -> nnx.List:
@@ -69,6 +77,7 @@ class DownBlock(nnx.Module):
         self.temporal_downsamplers = nnx.List(
             [TemporalDownsample(out_channels, rngs=rngs)] if temporal_downsample else []
         )
+        self.frames_a_step = 2 ** len(self.temporal_downsamplers)
 
     def __call__(self, x: Clip, carry=None):
         """Maps (B, T, H, W, in) to (B, T', H', W', out); returns it and the carry."""

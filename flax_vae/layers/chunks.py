@@ -14,21 +14,21 @@ from flax_vae.layers.conv import Clip
 Step = Callable[[Any, Clip, Any], tuple[Any, Any]]  # (module, chunk, carry) -> (result, carry)
 
 
-def in_chunks(module: nnx.Module, step: Step, x: Clip, size: int) -> Any:
-    """Gives what `step(module, x, None)` gives of the whole (B, T, H, W, C), computed `size` frames at a time.
+def in_chunks(module: nnx.Module, step: Step, x: Clip, size: int, carry: Any = None) -> tuple[Any, Any]:
+    """Gives what `step(module, x, carry)` gives of the whole (B, T, H, W, C), computed `size` frames at a time.
 
     The first chunk takes the 1 + (T - 1) % size frames that are left over, the others are one `lax.scan`. Between
     chunks only the carry is kept, in the gradient too: there every chunk is computed a second time. Compiled as one
     program, once a shape; random state of the module, such as dropout's, moves on with every chunk.
     """
     structure, parameters, state = nnx.split(module, nnx.Param, ...)
-    result, state = _run(structure, step, size, parameters, state, x)
+    result, state, carry = _run(structure, step, size, parameters, state, x, carry)
     nnx.update(module, state)
-    return result
+    return result, carry
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _run(structure, step, size, parameters, state, x):
+def _run(structure, step, size, parameters, state, x, carry):
     def advance(before, chunk):
         state, carry = before
         module = nnx.merge(structure, parameters, state)
@@ -37,13 +37,13 @@ def _run(structure, step, size, parameters, state, x):
 
     later = (x.shape[1] - 1) // size
     first, rest = jnp.split(x, [x.shape[1] - later * size], axis=1)
-    after, result = jax.checkpoint(advance)((state, None), first)
+    after, result = jax.checkpoint(advance)((state, carry), first)
     if later:
         chunks = jnp.moveaxis(rest.reshape(rest.shape[0], later, size, *rest.shape[2:]), 1, 0)
         # inside a loop nothing can be merged with the first computation, so nothing needs to be kept apart from it
         after, results = jax.lax.scan(jax.checkpoint(advance, prevent_cse=False), after, chunks)
         result = jax.tree.map(_join, result, results)
-    return result, after[0]
+    return result, *after
 
 
 def _join(first, rest):

@@ -15,11 +15,12 @@ from jaxtyping import Array, DTypeLike, Float
 
 from flax_vae.layers.geometry import Pair, causal_padding, conv_output_size, triple
 from flax_vae.layers.lowering import Window, convolve, wide_dtype
+from flax_vae.layers.neighbour import FromNeighbour, frames_before
 
 PadMode = Literal["constant", "replicate", "reflect", "circular"]
 Padding = tuple[Pair, Pair, Pair]
 Clip = Float[Array, "b _ _ _ _"]  # B T H W C; a layer keeps the batch, and may change everything else
-Carry = Array | tuple[()] | None
+Carry = Array | FromNeighbour | tuple[()] | None
 
 INITIAL_SPREAD = 0.02  # standard deviation of random kernels, as the public training starts from
 _NUMPY_PAD_MODE = {"replicate": "edge", "reflect": "reflect", "circular": "wrap"}
@@ -174,15 +175,16 @@ class CausalConv3d(nnx.Module):
     def _extended(self, carry: Carry, x: Clip) -> Clip:
         if self.span == 1:
             return x
-        if not isinstance(carry, jax.Array | np.ndarray) or (carry.shape[:1], carry.shape[2:]) != (
+        given = carry.carry if isinstance(carry, FromNeighbour) else carry
+        if not isinstance(given, jax.Array | np.ndarray) or (given.shape[:1], given.shape[2:]) != (
             x.shape[:1],
             x.shape[2:],
         ):
             raise ValueError(
-                f"a carry of shape {getattr(carry, 'shape', carry)} does not continue into a chunk of shape {x.shape}: "
+                f"a carry of shape {getattr(given, 'shape', given)} does not continue into a chunk of shape {x.shape}: "
                 "use the carry that the same stream returned last"
             )
-        return jnp.concatenate([carry, x], axis=1)
+        return jnp.concatenate([frames_before(carry, x), x], axis=1)
 
     def _rest(self, x: Clip, start: int) -> Carry:
         """Gives the frames from `start` on, with frames of zeros in front where it is negative."""

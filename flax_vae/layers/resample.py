@@ -10,6 +10,7 @@ from flax import nnx
 
 from flax_vae.layers.conv import CausalConv3d, Clip, check_clip, check_start, wide_dtype
 from flax_vae.layers.geometry import triple
+from flax_vae.layers.neighbour import frames_before
 
 
 class AvgPool3d(nnx.Module):
@@ -105,7 +106,7 @@ class TemporalDownsample(nnx.Module):
         if carry is None:
             check_start(x)
             carry = x[:, :1]
-        x = jnp.concatenate([carry, x], axis=1)
+        x = jnp.concatenate([frames_before(carry, x), x], axis=1)
         whole = x.shape[1] // 2 * 2
         return self.conv(x[:, :whole]), x[:, whole:]
 

@@ -11,22 +11,24 @@ from typing import Any, get_args, get_origin, get_type_hints
 from flax_vae.layers.geometry import latent_frames, pixel_frames
 
 MAX_BLOCKS, MAX_LAYERS, MAX_CHANNELS = 16, 64, 2**16
-RUN_SETTINGS = {"remat"}  # fields that no config.json has
+RUN_SETTINGS = {"remat", "frame_by_frame"}  # fields that no config.json has
 _DOWN, _UP = "DownEncoderBlockCausal3D", "UpDecoderBlockCausal3D"
 
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """What a checkpoint's config.json says; every field but `remat` is a public key, its default the released model's.
+    """What a checkpoint's config.json says: every field but the last two is a public key, by default as released.
 
     Lists have one entry a block, in the order in which the encoder or the decoder runs its blocks;
     `decoder_block_out_channels` alone is given from the pixels to the latents. `encoder_double_z`,
     `add_post_quant_conv`, `encoder_type` and `decoder_type` describe what is always so and change nothing.
 
-    `remat` is of the run, not of the checkpoint: no config.json has it. With it a gradient keeps only what passes from
-    block to block and computes the inside of each block a second time: the same values in less memory. Switch it on
-    with `dataclasses.replace(config, remat=True)`. XLA's CPU backend computes the second time too early to save
-    memory, unless its pass cse_barrier_expander is disabled (xla_disable_hlo_passes); it needs nothing elsewhere.
+    `remat` and `frame_by_frame` are of the run, not of the checkpoint: no config.json has them. Both give the same
+    values in less memory; switch them on with `dataclasses.replace(config, remat=True)`. With `remat` a gradient keeps
+    only what passes from block to block and computes the inside of each block a second time. XLA's CPU backend does
+    that too early to save memory, unless its pass cse_barrier_expander is disabled (xla_disable_hlo_passes); it needs
+    nothing elsewhere. With `frame_by_frame` each block computes one frame after the other, so that its inside takes the
+    memory of one frame, in a gradient too: for frames so large that those of one latent do not fit.
 
     Raises ValueError naming every key whose value is wrong or not supported.
     """
@@ -60,6 +62,7 @@ class VAEConfig:
     interpolate: bool = False
     downsample_scale: int = 8
     remat: bool = False
+    frame_by_frame: bool = False
 
     def __post_init__(self):
         problems = type_problems(self)  # values can only be judged once the types are right
@@ -110,7 +113,7 @@ class VAEConfig:
             raise ValueError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """Gives every public key, as a config.json holds them; `remat` is none."""
+        """Gives every public key, as a config.json holds them."""
         public = {key: value for key, value in asdict(self).items() if key not in RUN_SETTINGS}
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in public.items()}
         return values | {"_class_name": "CausalVideoVAE"}

@@ -3,6 +3,7 @@
 from flax import nnx
 
 from flax_vae.layers.blocks import MidBlock, UpBlock, thread
+from flax_vae.layers.chunks import in_chunks
 from flax_vae.layers.conv import CausalConv3d, Clip
 from flax_vae.layers.norm import CausalGroupNorm
 from flax_vae.models.config import VAEConfig
@@ -12,7 +13,7 @@ class Decoder(nnx.Module):
     """Maps latents (B, t, h, w, z), after `post_quant_conv`, to a clip (B, T, H, W, 3), pixels about [-1, 1]."""
 
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
-        self.remat = config.remat
+        self.remat, self.frame_by_frame = config.remat, config.frame_by_frame
         widths, groups = config.decoder_block_out_channels[::-1], config.decoder_norm_num_groups
         dropout = config.decoder_block_dropout
         self.conv_in = CausalConv3d(config.latent_channels, widths[0], 3, rngs=rngs)
@@ -36,6 +37,11 @@ class Decoder(nnx.Module):
     def __call__(self, z: Clip, carry=None):
         """Decodes latents or a chunk of them; returns the frames and the carry."""
         body, last = (None, None) if carry is None else carry
-        x, body = thread([self.conv_in, self.mid_block, *self.up_blocks], z, body, self.remat)
-        x, last = self.conv_out(nnx.silu(self.conv_norm_out(x)), last)
+        layers = [self.conv_in, self.mid_block, *self.up_blocks]
+        x, body = thread(layers, z, body, self.remat, self.frame_by_frame)
+        x, last = in_chunks(self, Decoder.to_pixels, x, 1, last) if self.frame_by_frame else self.to_pixels(x, last)
         return x, (body, last)
+
+    def to_pixels(self, x: Clip, carry=None):
+        """Turns what the blocks give into the frames; returns them and the carry."""
+        return self.conv_out(nnx.silu(self.conv_norm_out(x)), carry)

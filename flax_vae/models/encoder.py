@@ -12,7 +12,7 @@ class Encoder(nnx.Module):
     """Maps a clip (B, T, H, W, 3), pixels in [-1, 1], to moments (B, t, h, w, 2z), before `quant_conv`."""
 
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
-        self.remat = config.remat
+        self.remat, self.frame_by_frame = config.remat, config.frame_by_frame
         widths, groups = config.encoder_block_out_channels, config.encoder_norm_num_groups
         dropout = config.encoder_block_dropout
         self.conv_in = CausalConv3d(config.encoder_in_channels, widths[0], 3, rngs=rngs)
@@ -36,6 +36,7 @@ class Encoder(nnx.Module):
     def __call__(self, x: Clip, carry=None):
         """Encodes a clip or a chunk of one; returns the moments and the carry."""
         body, last = (None, None) if carry is None else carry
-        x, body = thread([self.conv_in, *self.down_blocks, self.mid_block], x, body, self.remat)
+        layers = [self.conv_in, *self.down_blocks, self.mid_block]
+        x, body = thread(layers, x, body, self.remat, self.frame_by_frame)
         x, last = self.conv_out(nnx.silu(self.conv_norm_out(x)), last)
         return x, (body, last)

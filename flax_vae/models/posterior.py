@@ -42,7 +42,10 @@ class DiagonalGaussian:
 
     def sample(self, key: PRNGKeyArray) -> Latents:
         """Draws latents: mean + std * standard normal noise; a key gives the same noise in every precision."""
-        noise = jax.random.normal(key, self.mean.shape, jnp.float32)
+        return self.at(jax.random.normal(key, self.mean.shape, jnp.float32))
+
+    def at(self, noise: Latents) -> Latents:
+        """Gives the latents that standard normal noise stands for: mean + std * noise."""
         return self.mean + self.std * noise.astype(self.mean.dtype)
 
     def kl(self) -> Float[Array, ""]:

@@ -86,7 +86,7 @@ class CausalVideoVAE(nnx.Module):
         if chunk is None:
             return self.encode_chunk(video)[0]
         chunk = checked_chunk(chunk, self.config.temporal_factor)
-        return in_chunks(self, CausalVideoVAE.encode_chunk, video, chunk)
+        return in_chunks(self, CausalVideoVAE.encode_chunk, video, chunk)[0]
 
     def decode(self, latents: Latents, chunk: int | None = None) -> Video:
         """Decodes latents (B, k + 1, h, w, z) to video (B, 8k + 1, 8h, 8w, 3), pixels about [-1, 1].
@@ -97,7 +97,7 @@ class CausalVideoVAE(nnx.Module):
         check_video(latents, self.config.latent_channels)
         if chunk is None:
             return self.decode_chunk(latents)[0]
-        return in_chunks(self, CausalVideoVAE.decode_chunk, latents, checked_chunk(chunk, 1))
+        return in_chunks(self, CausalVideoVAE.decode_chunk, latents, checked_chunk(chunk, 1))[0]
 
     def encode_chunk(self, x: Video, carry=None) -> tuple[DiagonalGaussian, object]:
         """Encodes the next frames of a stream; `carry` is None at its start, later what the last call returned.

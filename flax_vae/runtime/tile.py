@@ -173,7 +173,7 @@ class TiledModule(nnx.Module):
     def _tile(self, x, carry):
         if self.chunk is None:
             return self.untiled(x, carry)
-        return in_chunks(self.untiled, type(self.untiled).__call__, x, self.chunk), None
+        return in_chunks(self.untiled, type(self.untiled).__call__, x, self.chunk)[0], None
 
 
 class LossyTiles(nnx.Module):

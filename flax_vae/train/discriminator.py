@@ -6,7 +6,8 @@ Both give logits (B, T', H', W', 1), high for what looks like a clip.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 
 import jax
@@ -18,6 +19,7 @@ from flax_vae.io import port
 from flax_vae.io.checkpoint import open_checkpoint
 from flax_vae.io.files import PathLike
 from flax_vae.io.weights import Arrays, Spec
+from flax_vae.layers.blocks import thread
 from flax_vae.layers.conv import CausalConv3d, Clip, FrameConv, wide_dtype
 from flax_vae.layers.norm import CausalGroupNorm
 
@@ -63,6 +65,10 @@ class PatchDiscriminator(nnx.Module):
             x = layer(x)
         return x
 
+    def chunk(self, x: Clip, carry=None):
+        """Judges the next frames of a stream; the carry is empty."""
+        return self(x), ()
+
 
 class CausalPatchDiscriminator(nnx.Module):
     """Judges patches of space and time; no logit sees a later frame.
@@ -83,10 +89,19 @@ class CausalPatchDiscriminator(nnx.Module):
 
     def __call__(self, x: Clip) -> Clip:
         """Judges (B, T, H, W, 3), pixels in [-1, 1]."""
-        x = leaky_relu(self.conv_in(x)[0])
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = leaky_relu(norm(conv(x)[0]))
-        return self.conv_out(x)[0]
+        return self.chunk(x)[0]
+
+    def chunk(self, x: Clip, carry=None):
+        """Judges the next frames of a stream, a multiple of 4 after its first; returns the logits and the carry."""
+        norms = [lambda x: x, *self.norms]
+        layers = [partial(judged, conv, norm) for conv, norm in zip([self.conv_in, *self.convs], norms, strict=True)]
+        return thread([*layers, self.conv_out], x, carry)
+
+
+def judged(conv: CausalConv3d, norm: Callable[[Clip], Clip], x: Clip, carry=None):
+    """Convolves, normalises and activates; returns the result and the carry."""
+    y, carry = conv(x, carry)
+    return leaky_relu(norm(y)), carry
 
 
 class LeakyRelu(nnx.Module):

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from flax_vae.io.checkpoint import open_checkpoint
 from flax_vae.io.files import PathLike, locked, replacing
@@ -28,6 +29,7 @@ from flax_vae.io.pixels import to_float
 from flax_vae.layers.conv import INITIAL_SPREAD
 from flax_vae.models.config import VAEConfig
 from flax_vae.models.vae import CausalVideoVAE
+from flax_vae.runtime.parallel import everywhere
 from flax_vae.train.checkpoints import CHECKPOINTS, UNKNOWN, Checkpoints
 from flax_vae.train.config import TrainConfig, check
 from flax_vae.train.data import batches, readers
@@ -67,11 +69,15 @@ class Run:
 
     `with Run(config, source, out) as run: for record in run.steps(): ...`, then `run.save()`. To stop is to leave the
     loop. Raises ValueError where the folder holds a run of another config, or another process is at it, or there is
-    nothing to train on.
+    nothing to train on. The devices of a `mesh` share the work, with `fsdp` those of `data` also the weights; a run may
+    go on with another mesh than it was begun with.
     """
 
-    def __init__(self, config: TrainConfig, source: PathLike, out: PathLike):
+    def __init__(
+        self, config: TrainConfig, source: PathLike, out: PathLike, mesh: Mesh | None = None, fsdp: bool = False
+    ):
         self.config, self.source, self.out = config, Path(source), Path(out)
+        self.mesh, self.fsdp = mesh, fsdp
         check(config)
         if self.out.absolute().is_relative_to(self.source.absolute()):
             raise ValueError(f"{out}: lies in the data; train into another folder")
@@ -95,7 +101,7 @@ class Run:
         lpips = LPIPS.from_pretrained() if self.config.loss.lpips else None
         vae = first_model(self.config)
         judge = PatchDiscriminator.from_pretrained(self.config.gan.init) if self.config.gan.init else None
-        self.trainer = Trainer(self.config, vae, lpips, judge)
+        self.trainer = Trainer(self.config, vae, lpips, judge, mesh=self.mesh, fsdp=self.fsdp)
         keep_json(self.out / CONFIG, self.settings)
         keep_json(self.out / MODEL, vae.config.to_dict())
         self.state = self.trainer.start()
@@ -166,7 +172,8 @@ class Run:
 
     def draw(self) -> float:
         """Draws input, reconstruction and difference of the clips that are shown, by the averaged weights; gives dB."""
-        vae = self.trainer.vae(self.state.average)
+        average = self.state.average if self.mesh is None else everywhere(self.state.average, self.mesh)
+        vae = self.trainer.vae(average)
         again = [np.asarray(reconstruct(vae, to_float(clip[None]))) for clip in self.shown]
         return keep_picture(self.out, self.step, to_float(self.shown), np.concatenate(again))
 

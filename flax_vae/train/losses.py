@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,13 +51,25 @@ def adaptive_weight(reconstruction_gradient: Array, gan_gradient: Array) -> Scal
     return jax.lax.stop_gradient(jnp.clip(lengths[0] / (lengths[1] + 1e-4), 0.0, 1e4))
 
 
-def r1(discriminator: Callable[[Clip], Array], clips: Clip) -> Scalar:
+def r1(discriminator: Callable[[Any], Any], clips: Any) -> Scalar:
     """Gives half the squared length of the gradient of a clip's logits by its pixels (Mescheder et al. 2018).
 
-    The logits of a clip are summed, the results of clips averaged.
+    The logits of a clip are summed, the results of clips averaged. Clips, and logits, are arrays or tuples of parts.
     """
-    gradient = jax.grad(lambda x: jnp.sum(discriminator(x), dtype=wide_dtype(x)))(clips)
-    return 0.5 * math.prod(clips.shape[1:]) * mean(jnp.square(gradient))
+
+    def total(clips: Any) -> Scalar:
+        return sum(jnp.sum(part, dtype=wide_dtype(part)) for part in jax.tree.leaves(discriminator(clips)))
+
+    parts = jax.tree.leaves(jax.grad(total)(clips))
+    return 0.5 * sum(math.prod(part.shape[1:]) * mean(jnp.square(part)) for part in parts)
+
+
+def averaged(term: Callable[..., Scalar], *clips: tuple[Array, ...]) -> Scalar:
+    """Gives a term that is a mean over frames, of clips in parts: each part counts as many times as it has frames."""
+    if len(clips[0]) == 1:
+        return term(*(parts[0] for parts in clips))
+    frames = sum(part.shape[1] for part in clips[0])
+    return sum(part[0].shape[1] / frames * term(*part) for part in zip(*clips, strict=True))
 
 
 def lecam(real: Array, fake: Array, usual_real: Array, usual_fake: Array) -> Scalar:
