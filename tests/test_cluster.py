@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,14 +22,17 @@ from flax_vae.io.latents import Latents
 from flax_vae.io.manifest import read_entries
 from flax_vae.runtime.cluster import Cluster, check
 from flax_vae.train.config import ClipConfig
+from flax_vae.train.data import batches, rows_of
+from flax_vae.train.result import averaged
 
 for package, what in (("av", "clips"), ("grain", "data"), ("orbax", "checkpoints"), ("matplotlib", "pictures")):
     pytest.importorskip(package, reason=f"{what} need {package}")
 pytest.importorskip("tyro", reason="the command line needs tyro")
 
-from flax_vae.train.data import batches, rows_of
-
 ROOT = Path(__file__).parents[1]
+QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # compiles in less time
+LOSSES = ("total", "mse", "l1")
+SPEED = ("seconds", "frames_per_second", "waited")
 PATIENCE = 240  # seconds after which a process is not waited for any longer
 
 
@@ -73,38 +77,55 @@ class Hosts:
     """Starts commands, alone or as a cluster on this machine, and leaves none behind."""
 
     folder: Path
+    cache: Path
     started: list[Host] = field(default_factory=list)
 
-    def start(self, *words: object, env: dict[str, str] | None = None) -> Host:
+    def start(self, *words: object) -> Host:
         """Starts `flax-vae` with these arguments."""
         said = self.folder / f"host-{len(self.started)}.txt"
         command = [sys.executable, "-m", "flax_vae", *map(str, words)]
+        env = os.environ | QUICK | {"JAX_COMPILATION_CACHE_DIR": str(self.cache)}
         with open(said, "w") as file:
-            process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, env=os.environ | (env or {}))
+            process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, env=env)
         self.started.append(Host(process, said))
         return self.started[-1]
 
-    def cluster(self, *words: object, count: int = 2, env: dict[str, str] | None = None) -> list[Host]:
+    def cluster(self, *words: object, count: int = 2) -> list[Host]:
         """Starts them in as many processes, which are a cluster."""
         where = "--coordinator", f"127.0.0.1:{free_port()}", "--processes", count
-        return [self.start(*words, *where, "--process", number, env=env) for number in range(count)]
+        return [self.start(*words, *where, "--process", number) for number in range(count)]
 
-    def run(self, *words: object, count: int = 1, env: dict[str, str] | None = None) -> list[str]:
+    def run(self, *words: object, count: int = 1) -> list[str]:
         """Runs them to a good end, alone or as a cluster, and gives what each process said."""
-        hosts = self.cluster(*words, count=count, env=env) if count > 1 else [self.start(*words, env=env)]
+        hosts = self.cluster(*words, count=count) if count > 1 else [self.start(*words)]
         for host in hosts:
             assert host.ended() == 0, host.said.read_text()[-3000:]
         return [host.said.read_text() for host in hosts]
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A folder for what is compiled, so that each program is once."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def hosts(tmp_path):
+def hosts(tmp_path, cache):
     """Gives what starts commands, and kills those that are left."""
-    hosts = Hosts(tmp_path)
+    hosts = Hosts(tmp_path, cache)
     yield hosts
     for host in hosts.started:
         host.process.kill()
         host.process.wait()
+
+
+def wait_for_steps(out: Path, steps: int, hosts: list[Host]) -> None:
+    """Waits until a run has done so many steps."""
+    patience = time.monotonic() + PATIENCE
+    while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_bytes().count(b"\n") < steps:
+        assert all(host.process.poll() is None for host in hosts), [host.said.read_text() for host in hosts]
+        assert time.monotonic() < patience
+        time.sleep(0.01)
 
 
 def free_port() -> int:
@@ -207,6 +228,78 @@ def test_two_processes_evaluate_as_one_does(hosts, vae, clips):
     assert "mean of 4 clips" in one
     assert "mean of 4 clips" in first
     assert "mean of" not in second
+
+
+def training(vae: Path, clips: Path, out: Path, steps: int = 4, *more: object) -> list[object]:
+    """Gives the words of a short training run, which saves after each step."""
+    words = ["train", "--data", clips, "--out", out, "--init", vae, "--steps", steps, "--save-every", 1]
+    words += ["--picture-every", 100, "--clips.size", 16, "--clips.batch", 2, "--clips.image-batch", 2]
+    return [*words, "--clips.images", 0.3, "--optimizer.kind", "adamw", "--optimizer.warmup", 2, *more]
+
+
+def metrics(out: Path) -> list[dict[str, float]]:
+    """Reads what a run has measured, but for its speed."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in SPEED} for line in lines]
+
+
+def check_close(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> None:
+    """Compares the metrics of every step: what divides by gradients near zero, as AdamW does, drifts the most."""
+    assert [line.keys() for line in ours] == [line.keys() for line in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        for name in one:
+            tolerance = 1e-6 if name in LOSSES else 1e-3
+            assert one[name] == pytest.approx(other[name], rel=tolerance), (name, one["step"])
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does_and_one_goes_on_with_it(hosts, vae, clips):
+    one, two = (hosts.folder / name for name in ("one", "two"))
+    hosts.run(*training(vae, clips, one))
+    hosts.run(*training(vae, clips, two), count=2)
+    check_close(metrics(two), metrics(one))
+    names = {path.relative_to(one) for path in one.rglob("*.*") if "checkpoints" not in path.parts}
+    assert names <= {path.relative_to(two) for path in two.rglob("*.*")}
+
+    shutil.rmtree(two / "checkpoints" / "4")  # as if the two had ended in the middle
+    hosts.run(*training(vae, clips, two))
+    check_close(metrics(two), metrics(one))
+    assert averaged(two)[1] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_training_goes_on_to_the_same_numbers_after_one_was_killed(hosts, vae, clips, killed):
+    whole, out = (hosts.folder / name for name in ("whole", "killed"))
+    hosts.run(*training(vae, clips, whole, 12), count=2)
+    pair = hosts.cluster(*training(vae, clips, out, 12))
+    wait_for_steps(out, 3, pair)
+    pair[killed].process.kill()
+    assert pair[1 - killed].ended(60) != 0
+    print(pair[1 - killed].said.read_text())
+    hosts.run(*training(vae, clips, out, 12), count=2)
+    assert metrics(out) == metrics(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [0, 1])
+def test_sigterm_at_one_process_saves_and_ends_all_at_the_same_step(hosts, vae, clips, asked):
+    pair = hosts.cluster(*training(vae, clips, hosts.folder / "run", 100_000))
+    wait_for_steps(hosts.folder / "run", 3, pair)
+    pair[asked].process.terminate()
+    said = [(host.ended(60), host.said.read_text()) for host in pair]
+    assert [code for code, _ in said] == [0, 0], said
+    done = len(metrics(hosts.folder / "run"))
+    assert averaged(hosts.folder / "run")[1] == done
+    for _, text in said:
+        assert f"stopped by SIGTERM at step {done} of 100000, saved" in text
+
+
+@pytest.mark.slow
+def test_a_batch_that_processes_cannot_share_is_an_error_in_all(hosts, vae, clips):
+    for host in hosts.cluster(*training(vae, clips, hosts.folder / "run", 4, "--clips.batch", 3)):
+        assert host.ended(60) == 2
+        assert "2 processes cannot share 3 clips" in host.said.read_text()
 
 
 @pytest.mark.slow

@@ -12,9 +12,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead, and the others end
 LONGEST = 30 * 24 * 3600  # seconds that a process waits at the end for the others, which it sees to be alive
@@ -156,6 +159,36 @@ def gathered(value: Any) -> list[Any]:
     lengths = np.asarray(process_allgather(np.int32(len(data))))
     rows = np.asarray(process_allgather(np.pad(data, (0, lengths.max() - len(data)))))
     return [pickle.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
+
+
+def anywhere(number: int) -> int:
+    """Gives the largest of the numbers that the processes have; all of them must call it."""
+    from jax.experimental.multihost_utils import process_allgather
+
+    return number if process()[1] == 1 else int(np.max(process_allgather(np.int32(number))))
+
+
+def share_of(mesh: Mesh | None) -> tuple[int, int]:
+    """Gives (k, N) where this process has the k-th of N equal parts of the clips of a batch, counted from 0.
+
+    Raises ValueError where processes do not have whole clips to themselves, or are left without a mesh.
+    """
+    number, processes = process()
+    if processes == 1:
+        return 0, 1
+    if mesh is None:
+        raise ValueError(
+            f"{processes} processes train one model only on a mesh of all their devices, as data={processes}"
+        )
+    owners = [{device.process_index for device in devices.flat} for devices in mesh.devices]
+    rows = [row for row, owner in enumerate(owners) if number in owner]
+    each, rest = divmod(len(owners), processes)
+    if rest or any(len(owner) > 1 for owner in owners) or rows != list(range(rows[0], rows[0] + each)):
+        raise ValueError(
+            f"the mesh {dict(mesh.shape)} has clips cross from one of {processes} processes to another: expected data="
+            f"{processes}, or a multiple of it"
+        )
+    return rows[0] // each, processes
 
 
 def check_same(value: Any, what: str) -> None:
