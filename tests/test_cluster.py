@@ -20,7 +20,7 @@ from little import ONE_BLOCK
 from flax_vae import CausalVideoVAE
 from flax_vae.io.latents import Latents
 from flax_vae.io.manifest import read_entries
-from flax_vae.runtime.cluster import Cluster, check
+from flax_vae.runtime.cluster import GONE, Cluster, check
 from flax_vae.train.config import ClipConfig
 from flax_vae.train.data import batches, rows_of
 from flax_vae.train.result import averaged
@@ -276,7 +276,8 @@ def test_training_goes_on_to_the_same_numbers_after_one_was_killed(hosts, vae, c
     wait_for_steps(out, 3, pair)
     pair[killed].process.kill()
     assert pair[1 - killed].ended(60) != 0
-    print(pair[1 - killed].said.read_text())
+    said = pair[1 - killed].said.read_text()
+    assert GONE in said or "another task died" in said  # jax may be the first to notice
     hosts.run(*training(vae, clips, out, 12), count=2)
     assert metrics(out) == metrics(whole)
 

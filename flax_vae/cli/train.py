@@ -16,7 +16,7 @@ from tyro.conf import FlagCreatePairsOff, arg
 
 from flax_vae.cli.options import NO_CLUSTER, Mesh, Processes
 from flax_vae.cli.screen import note
-from flax_vae.runtime.cluster import Cluster, anywhere, joined
+from flax_vae.runtime.cluster import Cluster, anywhere, joined, noticing
 from flax_vae.train.config import PRESETS, TrainConfig
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def run(config: TrainConfig, data: Path, out: Path, mesh: str | None, fsdp: bool
     with joined(cluster) as (process, processes):
         if processes > 1 and mesh is None:
             mesh = f"data={device_count()}"
-        with Run(config, data, out, open_mesh(mesh), fsdp) as training, stopping() as stop:
+        with Run(config, data, out, open_mesh(mesh), fsdp) as training, stopping() as stop, noticing():
             with begun(training) if process == 0 else nullcontext(lambda _: None) as show:
                 for record in training.steps():
                     show(record)

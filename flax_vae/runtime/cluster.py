@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead, and the others end
 LONGEST = 30 * 24 * 3600  # seconds that a process waits at the end for the others, which it sees to be alive
-BROKEN = "another process of the cluster has ended, so this one cannot go on; the same command on every host can"
+GONE = "another process of the cluster has ended, so this one cannot go on; the same command on every host can"
 
 
 @dataclass(frozen=True)
@@ -71,22 +71,33 @@ def joined(cluster: Cluster) -> Iterator[tuple[int, int]]:
     """Joins a cluster, if one is asked for, and gives the number of this process and of all; ends when all have ended.
 
     It must come before jax has looked for devices. Raises ValueError for what `check` finds, and where there is no
-    cluster to be found; OSError where another process ends. After an error only `leave` ends the process at once.
+    cluster to be found. Where another process ends, this one does; after an error of its own, by `leave`.
     """
     if not cluster.is_asked_for:
         yield 0, 1
         return
     check(cluster)
     join(cluster)
-    try:
+    with noticing():
         yield process()
-    except (RuntimeError, ValueError) as error:  # of jax, which has no class for it
-        if "Gloo" in str(error):
-            raise OSError(BROKEN) from error
-        raise
     import jax
 
     jax.distributed.shutdown()
+
+
+@contextmanager
+def noticing() -> Iterator[None]:
+    """Ends the process at once, and says why, where another one of the cluster turns out to be gone.
+
+    Outside of it, cleaning up may wait for that one until jax ends the process.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:  # of jax, which has no class for it
+        if not is_joined() or "Gloo" not in str(error):
+            raise
+        print(f"flax-vae: {GONE}", file=sys.stderr)
+        leave(2)
 
 
 def join(cluster: Cluster) -> None:
@@ -96,7 +107,6 @@ def join(cluster: Cluster) -> None:
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM for itself
-    found = {"cluster_detection_method": None if cluster.cluster else "deactivate"}
     # jax itself ends a process that has waited too long with a dump of its stack
     waiting = threading.Timer(cluster.wait, give_up, [cluster])
     waiting.daemon = True
@@ -104,7 +114,7 @@ def join(cluster: Cluster) -> None:
     try:
         jax.distributed.initialize(
             *(cluster.coordinator, cluster.processes, cluster.process),
-            **found,
+            cluster_detection_method=None if cluster.cluster else "deactivate",
             initialization_timeout=cluster.wait + 60,
             heartbeat_timeout_seconds=HEARTBEAT,
             shutdown_timeout_seconds=LONGEST,

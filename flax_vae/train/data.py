@@ -52,7 +52,7 @@ def batches(
         every = source.repeat(-(-ENDLESS // len(kind))).random_map(draw)
         whole = len(every) - len(every) % batch
         own = [every[row:whole:batch] for row in rows_of(batch, share)]
-        return grain.experimental.ZipMapDataset(own).map(np.stack)
+        return grain.experimental.ZipMapDataset(own).map(stacked)
 
     parts = [(drawn(videos, config.frames, config.batch, 0), 1 - config.images)] if config.images < 1 else []
     parts += [(drawn(images, 1, config.image_batch, 1), config.images)] if config.images > 0 else []
@@ -66,6 +66,11 @@ def batches(
         workers = grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=2)
         ordered = ordered.mp_prefetch(workers, worker_init_fn=mark_flags_as_parsed)
     return iter(ordered)
+
+
+def stacked(rows: Any) -> np.ndarray:
+    """Gives a batch of its clips."""
+    return np.stack(rows)
 
 
 def rows_of(batch: int, share: tuple[int, int]) -> range:
