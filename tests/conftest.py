@@ -10,6 +10,7 @@ from fractions import Fraction
 from importlib.util import find_spec
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")  # for meshes; one is used otherwise
 
 import jax
 import jax.numpy as jnp

@@ -7,8 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ["layers", "io", "models", "runtime", "train", "cli"]
-LAYERS = {"geometry": 0, "lowering": 1, "conv": 2, "norm": 3}
-LAYERS |= {"attention": 4, "resnet": 4, "resample": 4, "blocks": 5, "chunks": 5}
+LAYERS = {"geometry": 0, "lowering": 1, "neighbour": 1, "conv": 2, "norm": 3}
+LAYERS |= {"attention": 4, "resnet": 4, "resample": 4, "chunks": 5, "blocks": 6}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "flax_vae"}
 TORCH = {"torch", "torchvision", "torch_ref"}
 READS_TORCH = "flax_vae/io/weights.py"  # the one file that may import torch, where it reads torch's files
@@ -72,7 +72,11 @@ def forbidden(name, imported, lazy):
     if part(imported) > part(name) and not (imported in PUBLIC and part(name) == part("flax_vae.cli")):
         return "arrows only point forward"
     own, other = (LAYERS.get(n.removeprefix("flax_vae.layers."), -1) for n in (name, imported))
-    return "inside layers: geometry, lowering, conv, norm, the rest, blocks and chunks" if 0 <= own <= other else None
+    return (
+        "inside layers: geometry, lowering and neighbour, conv, norm, the rest, chunks, blocks"
+        if 0 <= own <= other
+        else None
+    )
 
 
 def violations(root):

@@ -13,8 +13,16 @@ from typing import Annotated, Any, NoReturn, Union
 
 from flax_vae.runtime.cluster import is_joined, leave
 
-COMMANDS = ("info", "port", "encode", "decode", "reconstruct", "eval", "extract", "train", "export", "demo")
-EXTRAS = {"av": "video", "matplotlib": "video", "torch": "torch", "grain": "train", "orbax": "train", "optax": "train"}
+COMMANDS = ("info", "port", "encode", "decode", "reconstruct", "eval", "extract", "train", "export", "plan", "demo")
+EXTRAS = {
+    "av": "video",
+    "matplotlib": "video",
+    "torch": "torch",
+    "grain": "train",
+    "orbax": "train",
+    "optax": "train",
+    "libtpu": "tpu",
+}
 SUMMARY = """Causal video VAEs in JAX: port a torch checkpoint, encode and decode video, measure what is lost, train.
 
 COMMAND --help explains each and shows an example. A good first one: flax-vae demo"""

@@ -26,12 +26,13 @@ def chunk_latents(step: Compiled, shape: Callable[[int], Shape], latents: int | 
     """Chooses how many latents a chunk has; ValueError where not even one fits.
 
     `shape` gives the step's input for a chunk of so many latents, 0 standing for the first frame; `latents` is how many
-    there will be in all, if known.
+    there will be in all, if known. Where devices divide time, each has at least one.
     """
-    most = MOST
-    while latents is not None and most // 2 >= max(latents - 1, 1):
+    least = 1 if step.mesh is None else step.mesh.shape["time"]
+    most = max(MOST // least, 1)
+    while latents is not None and most // 2 * least >= max(latents - 1, 1):
         most //= 2
-    return fitting(lambda n: needed(step, shape, n if latents != 1 else None, 1), most, budget)
+    return least * fitting(lambda n: needed(step, shape, n * least if latents != 1 else None, 1), most, budget)
 
 
 def batch_clips(

@@ -12,8 +12,8 @@ from tyro.conf import Positional, arg
 from flax_vae.cli.budget import chunk_latents, read_budget
 from flax_vae.cli.clip import filled
 from flax_vae.cli.frames import IMAGE, VIDEO, FramePieces, assemble
-from flax_vae.cli.model import Model, config_hash, load, read_config
-from flax_vae.cli.options import Clip, LossyTiles, Memory, Resume, Weights
+from flax_vae.cli.model import Model, check_stream, config_hash, load, read_config
+from flax_vae.cli.options import Clip, LossyTiles, Memory, Mesh, Resume, Weights
 from flax_vae.cli.run import Chunk, marked, run
 from flax_vae.cli.screen import Meter, note, progress
 from flax_vae.cli.sources import check_apart, check_frames_target, named
@@ -35,6 +35,7 @@ def decode(
     out: Clip,
     weights: Weights,
     memory: Memory = None,
+    mesh: Mesh = None,
     resume: Resume = False,
     lossy_tiles: LossyTiles = False,
 ) -> None:
@@ -50,9 +51,10 @@ def decode(
 
     config, budget = read_config(weights), read_budget(memory)
     work = sources(latents, out, config, weights, resume)
+    check_stream(mesh, config, ((source.about.height, source.about.width) for source, _ in work))
     for _, target in work:
         check_begun(target, resume)
-    model = load(weights, lossy_tiles)
+    model = load(weights, lossy_tiles, mesh)
     for source, _ in work:
         if source.about.weights != model.weights:
             note(f"{source.path}: comes from other weights of the same config (hash {source.about.weights})")
@@ -70,7 +72,7 @@ def decode_clip(source: Latents, target: Path, model: Model, budget: int | None,
     from flax_vae.runtime.stream import compiled
 
     about, (_, *size) = source.about, source.shape
-    step = compiled(model.vae.decode_chunk)
+    step = compiled(model.vae.decode_chunk, model.mesh)
     with Job(target, {"command": "decode", "latents": source.identity, **model.identity}, resume) as job:
         meter.already(job.progress.frames)
         if not job.progress.is_complete:

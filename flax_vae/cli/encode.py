@@ -11,8 +11,8 @@ from tyro.conf import Positional, arg
 
 from flax_vae.cli.budget import chunk_latents, read_budget
 from flax_vae.cli.clip import Clip, expected, open_clip
-from flax_vae.cli.model import Model, load, read_config
-from flax_vae.cli.options import Frames, LossyTiles, Memory, Resume, Size, Video, Weights
+from flax_vae.cli.model import Model, check_stream, load, read_config
+from flax_vae.cli.options import Frames, LossyTiles, Memory, Mesh, Resume, Size, Video, Weights
 from flax_vae.cli.run import Chunk, run
 from flax_vae.cli.screen import Meter, note, progress, table
 from flax_vae.cli.sources import pairs
@@ -40,6 +40,7 @@ def encode(
     size: Size = None,
     frames: Frames = None,
     memory: Memory = None,
+    mesh: Mesh = None,
     scaling: Scaling = None,
     resume: Resume = False,
     lossy_tiles: LossyTiles = False,
@@ -58,11 +59,12 @@ def encode(
 
     config, budget, statistics = read_config(weights), read_budget(memory), read_scaling(scaling)
     work = [(open_clip(path, config, size, frames), target) for path, target in pairs(video, out, "", resume)]
+    check_stream(mesh, config, ((clip.height, clip.width) for clip, _ in work))
     for clip, target in work:
         note(clip.about)
         check_folder(target, video.is_dir())
         check_begun(target, resume)
-    model = load(weights, lossy_tiles)
+    model = load(weights, lossy_tiles, mesh)
     if video.is_dir():
         out.mkdir(exist_ok=True)
     with progress("encoding", expected(clip for clip, _ in work)) as meter:
@@ -88,7 +90,7 @@ def encode_clip(
     from flax_vae.runtime.stream import compiled
 
     about = About(clip.height, clip.width, clip.fps, model.config_hash, model.weights, scaling)
-    step = compiled(model.vae.encode_chunk)
+    step = compiled(model.vae.encode_chunk, model.mesh)
     with Job(target, {"command": "encode", **clip.source, **model.identity, "about": about}, resume) as job:
         meter.already(job.progress.frames)
         if not job.progress.is_complete:

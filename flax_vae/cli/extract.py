@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import Positional, arg
 
 from flax_vae.cli.budget import read_budget
-from flax_vae.cli.clip import open_clip
+from flax_vae.cli.clip import Clip, open_clip
 from flax_vae.cli.extraction import LATENTS, Extraction
-from flax_vae.cli.model import load, read_config
-from flax_vae.cli.options import NO_CLUSTER, Frames, LossyTiles, Memory, Processes, Size, Weights
+from flax_vae.cli.model import check_stream, load, read_config
+from flax_vae.cli.options import NO_CLUSTER, Frames, LossyTiles, Memory, Mesh, Processes, Size, Weights
 from flax_vae.cli.screen import note, table
 from flax_vae.runtime.cluster import joined
 
@@ -51,6 +51,7 @@ def extract(
     size: Size = None,
     frames: Frames = None,
     memory: Memory = None,
+    mesh: Mesh = None,
     part: Part = None,
     lossy_tiles: LossyTiles = False,
     cluster: Processes = NO_CLUSTER,
@@ -72,7 +73,7 @@ def extract(
         raise ValueError(f"--part {part}: in a cluster each process does the part of its number; leave it out")
     with joined(cluster) as (process, processes):
         own = (process + 1, processes) if part is None else read_part(part)
-        extract_part(own, source, out, weights, size, frames, memory, lossy_tiles)
+        extract_part(own, source, out, weights, size, frames, memory, mesh, lossy_tiles)
 
 
 def extract_part(
@@ -83,6 +84,7 @@ def extract_part(
     size: str | None,
     frames: int | None,
     memory: str | None,
+    mesh: str | None,
     lossy_tiles: bool,
 ) -> None:
     """Encodes every N-th clip from the K-th on, and finishes OUT where nothing is left to be done."""
@@ -96,14 +98,21 @@ def extract_part(
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file; give a folder to write")
     logs = check_parts(out, parts)
-    model = load(weights, lossy_tiles)
+    check_stream(mesh, config, ())
+
+    def open_entry(path: Path) -> Clip:
+        clip = open_clip(path, config, size, frames)
+        check_stream(mesh, config, [(clip.height, clip.width)])
+        return clip
+
+    model = load(weights, lossy_tiles, mesh)
     settings = {"size": size, "frames": frames, **model.identity}
     check_settings(logs, settings)
     (out / LATENTS).mkdir(parents=True, exist_ok=True)
     own = logs[number - 1]
     with Log(own, settings) as log, scratch(own.with_name(f".{own.stem}")) as folder:
         mine = [entry for i, entry in enumerate(entries) if i % parts == number - 1]
-        Extraction(out, model, budget, log, folder).run(mine, lambda path: open_clip(path, config, size, frames))
+        Extraction(out, model, budget, log, folder).run(mine, open_entry)
         finish(source, out, entries, logs, folder)
 
 

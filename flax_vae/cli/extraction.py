@@ -34,7 +34,7 @@ class Extraction:
         from flax_vae.runtime.stream import compiled
 
         self.out, self.model, self.budget, self.log, self.scratch = out, model, budget, log, scratch
-        self.step = compiled(model.vae.encode_chunk)
+        self.step = compiled(model.vae.encode_chunk, model.mesh)
         self._batches: dict[tuple[int, ...], tuple[int, int]] = {}
 
     def run(self, entries: Sequence[Entry], open_entry: Callable[[Path], Clip]) -> None:

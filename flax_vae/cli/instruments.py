@@ -66,7 +66,8 @@ class Instruments:
 def prepare(model: Model, clips: Sequence[Clip], has_lpips: bool, has_fvd: bool, budget: int | None) -> Instruments:
     """Loads what measures, and chooses how many latents at a time fit into the memory beside it."""
     budget = available_bytes() if budget is None else budget
-    compare = compiled(Comparison(model.vae, LPIPS.from_pretrained() if has_lpips else None).compare_chunk)
+    comparison = Comparison(model.vae, LPIPS.from_pretrained() if has_lpips else None)
+    compare = compiled(comparison.compare_chunk, model.mesh)
     features = compiled(Windows(I3D.from_pretrained()).features) if has_fvd else None
     if features is not None:
         budget = max(budget - features_bytes(features), 0)

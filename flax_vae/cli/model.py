@@ -6,9 +6,10 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -45,14 +46,19 @@ class Model:
     checkpoint: CausalVideoVAE
     vae: CausalVideoVAE | LossyTiles
     weights: str
+    mesh: Mesh | None = None
 
     @property
     def identity(self) -> dict[str, object]:
         """All of the model and the machine that decides over the bits of a result."""
         import jax
 
+        from flax_vae.runtime.mesh import named
+
         tiles = getattr(self.vae, "tiling", None)
         device = f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
+        if self.mesh is not None:
+            device += f", mesh {named(self.mesh.shape)}"
         return {"config": self.config_hash, "weights": self.weights, "tiles": tiles, "device": device}
 
     @property
@@ -61,22 +67,49 @@ class Model:
         return config_hash(self.vae.config)
 
 
-def load(checkpoint: str, lossy_tiles: bool = False) -> Model:
-    """Loads a checkpoint in float32 and keeps what will be compiled for it on disk, for the next run."""
+def load(checkpoint: str, lossy_tiles: bool = False, mesh: str | None = None) -> Model:
+    """Loads a checkpoint in float32 and keeps what will be compiled for it on disk, for the next run.
+
+    The devices of the `mesh`, all of this process, share each chunk. Raises ValueError where there are not as many.
+    """
+    import jax
+
     from flax_vae.models.vae import CausalVideoVAE
     from flax_vae.runtime.tile import LossyTiles, LossyTiling
 
     keep_compiled()
+    devices = open_mesh(mesh, jax.local_devices)
+    if lossy_tiles and devices is not None:
+        raise ValueError("--lossy-tiles are computed one after the other, on one device: leave it or --mesh out")
     note(f"loading {checkpoint}")
     vae = CausalVideoVAE.from_pretrained(checkpoint)
-    return Model(vae, LossyTiles(vae, LossyTiling()) if lossy_tiles else vae, weights_hash(vae))
+    return Model(vae, LossyTiles(vae, LossyTiling()) if lossy_tiles else vae, weights_hash(vae), devices)
 
 
-def open_mesh(text: str | None) -> Mesh | None:
-    """Gives the mesh that --mesh asks for, over all devices; ValueError where there are not as many."""
+def check_stream(mesh: str | None, config: VAEConfig, sizes: Iterable[tuple[int, int]]) -> None:
+    """Raises ValueError where a mesh does not divide the chunks of clips of these heights and widths, one at a time."""
+    from flax_vae.cli.run import PIECE
+    from flax_vae.runtime.mesh import check_sizes, parse_mesh
+
+    if mesh is None:
+        return
+    devices = parse_mesh(mesh)
+    if PIECE % devices.get("time", 1):
+        raise ValueError(f"--mesh {mesh}: a stream is cut into pieces of {PIECE} latents, which time must divide")
+    if devices.get("data", 1) > 1:
+        raise ValueError(
+            f"--mesh {mesh}: data divides a batch, and clips are computed one by one: take height, width or time, or "
+            "several processes, each with its own clips"
+        )
+    for height, width in set(sizes):
+        check_sizes(devices, config, 1, PIECE * config.temporal_factor + 1, height, width)
+
+
+def open_mesh(text: str | None, devices: Callable[[], list[Any]]) -> Mesh | None:
+    """Gives the mesh that --mesh asks for, over all these devices; ValueError where there are not as many."""
     from flax_vae.runtime.mesh import make_mesh, parse_mesh
 
-    return None if text is None else make_mesh(parse_mesh(text))
+    return None if text is None else make_mesh(parse_mesh(text), devices())
 
 
 def keep_compiled() -> None:

@@ -16,8 +16,8 @@ from flax_vae.cli.budget import chunk_latents, read_budget
 from flax_vae.cli.clip import Clip as Source
 from flax_vae.cli.clip import expected, open_clip
 from flax_vae.cli.frames import IMAGE, FramePieces, assemble, losses
-from flax_vae.cli.model import Model, load, read_config
-from flax_vae.cli.options import Clip, Frames, LossyTiles, MeasureTiles, Memory, Resume, Size, Video, Weights
+from flax_vae.cli.model import Model, check_stream, load, read_config
+from flax_vae.cli.options import Clip, Frames, LossyTiles, MeasureTiles, Memory, Mesh, Resume, Size, Video, Weights
 from flax_vae.cli.run import run
 from flax_vae.cli.screen import Meter, counted, note, progress, table
 from flax_vae.cli.sources import check_frames_target, check_target, pairs
@@ -31,6 +31,7 @@ def reconstruct(
     size: Size = None,
     frames: Frames = None,
     memory: Memory = None,
+    mesh: Mesh = None,
     resume: Resume = False,
     lossy_tiles: LossyTiles = False,
     measure_tiles: MeasureTiles = False,
@@ -54,13 +55,14 @@ def reconstruct(
     check_sheets(video)
     config, budget = read_config(weights), read_budget(memory)
     work = [(open_clip(path, config, size, frames), target) for path, target in pairs(video, out, IMAGE, resume)]
+    check_stream(mesh, config, ((clip.height, clip.width) for clip, _ in work))
     for clip, target in work:
         note(clip.about)
         check_begun(target, resume)
         if not video.is_dir():
             check_frames_target(target, clip.path, 1 if clip.is_image else None)
             check_target(sheet_of(target), [".png"], clip.path)
-    model = load(weights, lossy_tiles)
+    model = load(weights, lossy_tiles, mesh)
     if video.is_dir():
         out.mkdir(exist_ok=True)
     quality: list[float] = []
@@ -80,7 +82,7 @@ def reconstruct_clip(
     from flax_vae.io.picture import contact_sheet, pooled_psnr
     from flax_vae.runtime.stream import compiled
 
-    step = compiled(MethodType(reconstruct_chunk, model.vae))
+    step = compiled(MethodType(reconstruct_chunk, model.vae), model.mesh)
     settings = {"command": "reconstruct", **clip.source, "size": (clip.height, clip.width), **model.identity}
     with Job(target, settings, resume) as job:
         meter.already(job.progress.frames)

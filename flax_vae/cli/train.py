@@ -87,7 +87,7 @@ Example:
 def run(config: TrainConfig, data: Path, out: Path, mesh: str | None, fsdp: bool, cluster: Cluster) -> None:
     """Trains until the last step, or until it is asked to stop."""
     import matplotlib  # noqa: F401  # needed at the first picture, so a missing one would be noticed too late
-    from jax import device_count
+    from jax import devices
 
     from flax_vae.cli.model import keep_compiled, open_mesh
     from flax_vae.train.loop import Run
@@ -97,8 +97,8 @@ def run(config: TrainConfig, data: Path, out: Path, mesh: str | None, fsdp: bool
     without_echoes_of_orbax()
     with joined(cluster) as (process, processes):
         if processes > 1 and mesh is None:
-            mesh = f"data={device_count()}"
-        with Run(config, data, out, open_mesh(mesh), fsdp) as training, stopping() as stop, noticing():
+            mesh = f"data={len(devices())}"
+        with Run(config, data, out, open_mesh(mesh, devices), fsdp) as training, stopping() as stop, noticing():
             with begun(training) if process == 0 else nullcontext(lambda _: None) as show:
                 for record in training.steps():
                     show(record)

@@ -175,16 +175,16 @@ class CausalConv3d(nnx.Module):
     def _extended(self, carry: Carry, x: Clip) -> Clip:
         if self.span == 1:
             return x
-        given = carry.carry if isinstance(carry, FromNeighbour) else carry
-        if not isinstance(given, jax.Array | np.ndarray) or (given.shape[:1], given.shape[2:]) != (
+        before = frames_before(carry, x)
+        if not isinstance(before, jax.Array | np.ndarray) or (before.shape[:1], before.shape[2:]) != (
             x.shape[:1],
             x.shape[2:],
         ):
             raise ValueError(
-                f"a carry of shape {getattr(given, 'shape', given)} does not continue into a chunk of shape {x.shape}: "
-                "use the carry that the same stream returned last"
+                f"a carry of shape {getattr(before, 'shape', before)} does not continue into a chunk of shape "
+                f"{x.shape}: use the carry that the same stream returned last"
             )
-        return jnp.concatenate([frames_before(carry, x), x], axis=1)
+        return jnp.concatenate([before, x], axis=1)
 
     def _rest(self, x: Clip, start: int) -> Carry:
         """Gives the frames from `start` on, with frames of zeros in front where it is negative."""

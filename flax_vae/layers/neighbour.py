@@ -3,47 +3,50 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FromNeighbour:
-    """A carry that each device but the first gets from the devices before it, which hold the frames before its own.
+    """A carry for frames that several devices share: each but the first takes it from the devices before it.
 
-    `carry` is that of the stream, which the first device goes on from; `axis` is the mesh axis, within
-    `jax.shard_map`, that time is divided over. All devices hold equally many frames.
+    What each device has is a clip of its own to the layers: (B, devices, T) are (B * devices, T). `carry` is that of
+    the stream, of which every device has a copy; the first device goes on from it.
     """
 
     carry: Array
-    axis: str = field(metadata={"static": True})
+    devices: int = field(metadata={"static": True})
 
     def before(self, x: Array) -> Array:
-        """Gives the frames before this device's (B, T, H, W, C), as many as the carry has.
+        """Gives the frames before those of each (B * devices, T, H, W, C), as many as the carry has.
 
         Where a device holds fewer frames than that, they come from several devices.
         """
         count = self.carry.shape[1]
         if count == 0:
-            return self.carry
+            return x[:, :0]
         length = min(count, x.shape[1])
         hops = -(-count // length)
-        sent = [self._sent(x[:, x.shape[1] - length :], hop, hops) for hop in range(hops, 0, -1)]
-        return jnp.concatenate(sent, axis=1)[:, hops * length - count :]
+        ends = x[:, x.shape[1] - length :].reshape(-1, self.devices, length, *x.shape[2:])
+        padded = jnp.pad(self.carry, ((0, 0), (hops * length - count, 0), *((0, 0),) * (x.ndim - 2)))
+        given = padded.reshape(-1, self.devices, hops, length, *x.shape[2:])
+        blocks = [self._sent(ends, given[:, :, hops - hop :], hop) for hop in range(hops, 0, -1)]
+        return jnp.concatenate(blocks, axis=1)[:, hops * length - count :]
 
-    def _sent(self, last: Array, hop: int, hops: int) -> Array:
-        """Gives the frames of the device `hop` places before this one, from the carry where there is none."""
-        place, devices, length = lax.axis_index(self.axis), lax.axis_size(self.axis), last.shape[1]
-        sent = lax.ppermute(last, self.axis, [(i, i + hop) for i in range(devices - hop)])
-        padded = jnp.pad(self.carry, ((0, 0), (hops * length, 0), *((0, 0),) * (last.ndim - 2)))
-        own = lax.dynamic_slice_in_dim(padded, padded.shape[1] + (place - hop) * length, length, axis=1)
-        return jnp.where(place >= hop, sent, own)
+    def _sent(self, ends: Array, given: Array, hop: int) -> Array:
+        """Gives each device the last frames of the one `hop` places before it; where there is none, the carry's."""
+        places = jnp.arange(self.devices).reshape(1, -1, *(1,) * (ends.ndim - 2))
+        sent = jnp.roll(ends, hop, axis=1)
+        for place in range(min(hop, self.devices)):
+            sent = jnp.where(places == place, given[:, :, place], sent)
+        return sent.reshape(-1, *ends.shape[2:])
 
 
-def frames_before(carry: Array | FromNeighbour, x: Array) -> Array:
+def frames_before(carry: Any, x: Array) -> Array:
     """Gives the frames that a carry stands for, before those of (B, T, H, W, C)."""
     return carry.before(x) if isinstance(carry, FromNeighbour) else carry

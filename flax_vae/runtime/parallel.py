@@ -1,9 +1,9 @@
 """A clip on many devices: exactly the results of one. B batch, T frames, H W pixels, C channels.
 
 XLA divides batch, height and width by itself, from where its inputs lie. Time is divided here: the first frame is a
-part of its own, which all devices of `time` compute; the frames after it are divided evenly, each device taking what
-came before its own from the devices before it (`FromNeighbour`). So a clip on a mesh is a tuple of parts: the first
-frame and the rest where time is divided, else the clip as a whole.
+part of its own, which every device of `time` computes; the frames after it are divided evenly. What a device has of
+them is one more clip of the batch, but that it takes what came before from the devices before it (`FromNeighbour`).
+So a clip on a mesh is a tuple of parts: the first frame and the rest where time is divided, else the clip as a whole.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from flax_vae.layers.geometry import latent_frames
 from flax_vae.layers.lowering import lowered
 from flax_vae.layers.neighbour import FromNeighbour
 from flax_vae.models.config import VAEConfig
-from flax_vae.models.vae import CausalVideoVAE
 from flax_vae.runtime.mesh import check_sizes, clip_spec, placed
 
 Parts = tuple[Any, ...]
+CUT = Spec(("data", "time"), None, "height", "width", None)  # of clips each of which is a device's share of one
 
 
-def encode(vae: CausalVideoVAE, video: Any, mesh: Mesh, chunk: int | None = None) -> Any:
+def encode(vae: Any, video: Any, mesh: Mesh, chunk: int | None = None) -> Any:
     """Encodes (B, T, H, W, 3) on a mesh to what `vae.encode` gives; ValueError where the mesh does not divide it."""
     check_clip(vae.config, mesh, video.shape[:4], chunk)
     structure, state = nnx.split(vae)
-    return joined(_run(structure, CausalVideoVAE.encode_chunk, mesh, chunk, everywhere(state, mesh), put(video, mesh)))
+    return joined(_run(structure, type(vae).encode_chunk, mesh, chunk, everywhere(state, mesh), put(video, mesh)))
 
 
-def decode(vae: CausalVideoVAE, latents: Any, mesh: Mesh, chunk: int | None = None) -> Any:
+def decode(vae: Any, latents: Any, mesh: Mesh, chunk: int | None = None) -> Any:
     """Decodes latents (B, t, h, w, z) on a mesh to what `vae.decode` gives, `chunk` latents at a time.
 
     Raises ValueError where the mesh does not divide them.
@@ -48,28 +48,26 @@ def decode(vae: CausalVideoVAE, latents: Any, mesh: Mesh, chunk: int | None = No
         vae.config, mesh, (latents.shape[0], frames, height, width), chunk and chunk * vae.config.temporal_factor
     )
     structure, state = nnx.split(vae)
-    return joined(
-        _run(structure, CausalVideoVAE.decode_chunk, mesh, chunk, everywhere(state, mesh), put(latents, mesh))
-    )
+    return joined(_run(structure, type(vae).decode_chunk, mesh, chunk, everywhere(state, mesh), put(latents, mesh)))
 
 
 def lower_encode(
-    vae: CausalVideoVAE, mesh: Mesh, shape: Sequence[int], chunk: int | None = None, dtype: Any = jnp.float32
+    vae: Any, mesh: Mesh, shape: Sequence[int], chunk: int | None = None, dtype: Any = jnp.float32
 ) -> jax.stages.Lowered:
     """Gives the program that encodes clips of a shape (B, T, H, W) in pixels, `chunk` frames at a time."""
     check_clip(vae.config, mesh, shape, chunk)
     parts = abstract((*shape, vae.config.encoder_in_channels), mesh, dtype)
-    return _lower(vae, mesh, CausalVideoVAE.encode_chunk, chunk, parts)
+    return _lower(vae, mesh, type(vae).encode_chunk, chunk, parts)
 
 
 def lower_decode(
-    vae: CausalVideoVAE, mesh: Mesh, shape: Sequence[int], chunk: int | None = None, dtype: Any = jnp.float32
+    vae: Any, mesh: Mesh, shape: Sequence[int], chunk: int | None = None, dtype: Any = jnp.float32
 ) -> jax.stages.Lowered:
     """Gives the program that decodes to clips of a shape (B, T, H, W) in pixels, `chunk` frames at a time."""
     check_clip(vae.config, mesh, shape, chunk)
     latents = (shape[0], *vae.config.latent_shape(*shape[1:]))
     chunk = chunk and chunk // vae.config.temporal_factor
-    return _lower(vae, mesh, CausalVideoVAE.decode_chunk, chunk, abstract(latents, mesh, dtype))
+    return _lower(vae, mesh, type(vae).decode_chunk, chunk, abstract(latents, mesh, dtype))
 
 
 def check_clip(config: VAEConfig, mesh: Mesh, shape: Sequence[int], chunk: int | None) -> None:
@@ -96,6 +94,32 @@ def _put(part: Any, sharding: jax.sharding.NamedSharding) -> jax.Array:
     if jax.process_count() == 1:
         return jax.device_put(part, sharding)
     return jax.make_array_from_process_local_data(sharding, part)
+
+
+def put_step(chunk: Any, carry: Any, mesh: Mesh) -> tuple[Any, Any]:
+    """Places a chunk of a stream (B, T, H, W, C) and its carry on a mesh; of shapes, says where they lie."""
+    specs = clip_spec(carry is not None), clip_spec(False)
+    return tuple(
+        jax.tree.map(partial(_placed, placed(mesh, spec)), x) for x, spec in zip((chunk, carry), specs, strict=True)
+    )
+
+
+def _placed(sharding, leaf):
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return jax.device_put(leaf, sharding)
+
+
+def step_on_mesh(module: nnx.Module, step: Step, x: Any, carry: Any, mesh: Mesh) -> tuple[Any, Any]:
+    """Gives what `step(module, x, carry)` gives of a chunk that `put_step` has placed; within a compiled program."""
+    with lowered("plain"):
+        if carry is None or mesh.shape["time"] == 1:
+            result, after = step(module, x, carry)
+        else:
+            carry = jax.tree.map(lambda leaf: copies(leaf, mesh), carry)
+            result, after = over_time(module, step, x, carry, mesh)
+            after = jax.tree.map(partial(one_copy, 0, mesh), after)
+    return result, lax.with_sharding_constraint(after, placed(mesh, clip_spec(False)))
 
 
 def everywhere(tree: Any, mesh: Mesh) -> Any:
@@ -133,26 +157,49 @@ def in_parts(module: nnx.Module, step: Step, parts: Parts, mesh: Mesh | None, ch
     """Gives what `step(module, clip, None)` gives of the parts of a clip, in parts; within a compiled program."""
     if chunk is not None:
         return (in_chunks(module, step, parts[0], chunk)[0],)
-    results, carry = [], None
-    for part in parts:
-        result, carry = step(module, part, None) if carry is None else over_time(module, step, part, carry, mesh)
-        results.append(result)
-    return tuple(results)
-
-
-def over_time(module: nnx.Module, step: Step, x: Any, carry: Any, mesh: Mesh | None) -> tuple[Any, Any]:
-    """Gives what `step(module, x, carry)` gives of frames (B, T, H, W, C) that are divided over `time`."""
     if mesh is None or mesh.shape["time"] == 1:
-        return step(module, x, carry)
-    structure, state = nnx.split(module)
-    divided = Spec(None, "time")
+        return (step(module, parts[0], None)[0],)
+    result, carry = step(module, copies(parts[0], mesh), None)
+    first = jax.tree.map(partial(one_copy, 0, mesh), result)
+    return (first, *(over_time(module, step, rest, carry, mesh)[0] for rest in parts[1:]))
 
-    def run(state, x, carry):
-        carry = jax.tree.map(lambda leaf: FromNeighbour(leaf, "time"), carry)
-        result, after = step(nnx.merge(structure, state), x, carry)
-        return result, jax.tree.map(_of_last, after)
 
-    return divided_over(mesh, {"time"}, (Spec(), divided, Spec()), (divided, Spec()))(run)(state, x, carry)
+def over_time(module: nnx.Module, step: Step, x: Any, carry: Any, mesh: Mesh) -> tuple[Any, Any]:
+    """Gives what `step(module, x, carry)` gives of frames (B, T, H, W, C) that are divided over `time`.
+
+    What a device has of a clip is a clip of its own: (B, T) become (B * devices, T / devices). Of the carry, each
+    device has a copy, before and after.
+    """
+    devices = mesh.shape["time"]
+
+    def joined_again(x):
+        x = x.reshape(x.shape[0] // devices, x.shape[1] * devices, *x.shape[2:])
+        return lax.with_sharding_constraint(x, placed(mesh, clip_spec(True)))
+
+    own = x.reshape(x.shape[0] * devices, x.shape[1] // devices, *x.shape[2:])
+    own = lax.with_sharding_constraint(own, placed(mesh, CUT))
+    result, after = step(module, own, jax.tree.map(lambda leaf: FromNeighbour(leaf, devices), carry))
+    after = jax.tree.map(lambda leaf: copies(one_copy(devices - 1, mesh, leaf), mesh), after)
+    return jax.tree.map(joined_again, result), after
+
+
+def copies(x: Any, mesh: Mesh) -> Any:
+    """Gives every device of `time` a copy of (B, T, H, W, C), as a clip of its own: (B * devices, T, H, W, C).
+
+    Were the clip simply on all of them, XLA (of jax 0.10) would count the gradients of kernels once a device where
+    height or width are divided too.
+    """
+    x = jnp.broadcast_to(x[:, None], (x.shape[0], mesh.shape["time"], *x.shape[1:]))
+    return lax.with_sharding_constraint(x.reshape(-1, *x.shape[2:]), placed(mesh, CUT))
+
+
+def one_copy(place: int, mesh: Mesh, x: Any) -> Any:
+    """Gives all devices of `time` what the one at a place has of (B * devices, T, H, W, C)."""
+    devices = mesh.shape["time"]
+    x = x.reshape(-1, devices, *x.shape[1:])
+    is_there = (jnp.arange(devices) == place).reshape(1, -1, *(1,) * (x.ndim - 2))
+    x = jnp.where(is_there, x, jnp.zeros_like(x)).sum(axis=1)  # not x[:, place], for which XLA would gather all of x
+    return lax.with_sharding_constraint(x, placed(mesh, clip_spec(False)))
 
 
 def divided_over(mesh: Mesh, axes: set[str], inputs: Any, outputs: Any) -> Callable:
@@ -172,12 +219,6 @@ def of_frames(function: Callable[..., jax.Array], weights: Any, *clips: jax.Arra
     axes = {"data", "time"} if part else {"data"}
     places = (Spec(), *(divided for _ in clips))
     return divided_over(mesh, axes, places, divided)(function)(weights, *clips)
-
-
-def _of_last(leaf: jax.Array) -> jax.Array:
-    """Gives every device what the last one of `time` has."""
-    is_last = lax.axis_index("time") == lax.axis_size("time") - 1
-    return lax.psum(jnp.where(is_last, leaf, jnp.zeros_like(leaf)), "time")
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))

@@ -14,15 +14,23 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from numpy.typing import ArrayLike
 
 from flax_vae.layers.chunks import fit_frames
 from flax_vae.layers.geometry import FramePolicy, fitted_frames
+from flax_vae.runtime.parallel import everywhere, put_step, step_on_mesh
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
 
 
-def encode(vae: Any, chunks: Iterable[ArrayLike], carry: Any = None, frames: FramePolicy = "error") -> Stream:
+def encode(
+    vae: Any,
+    chunks: Iterable[ArrayLike],
+    carry: Any = None,
+    frames: FramePolicy = "error",
+    mesh: Mesh | None = None,
+) -> Stream:
     """Encodes a video of any length: yields the distribution of latents of every chunk, in order.
 
     Args:
@@ -33,17 +41,20 @@ def encode(vae: Any, chunks: Iterable[ArrayLike], carry: Any = None, frames: Fra
       carry: None at the start of a stream, or the `carry` of a stream to go on from.
       frames: for a last chunk of another length: "error" raises ValueError, "pad" repeats its last frame, "trim"
         leaves out the frames that do not complete a latent.
+      mesh: devices that share each chunk (`flax_vae.runtime.mesh`); they must divide its rows, columns and latents.
     """
-    return Stream(compiled(vae.encode_chunk), fitted(chunks, vae.config.temporal_factor, frames, carry is None), carry)
+    step = compiled(vae.encode_chunk, mesh)
+    return Stream(step, fitted(chunks, vae.config.temporal_factor, frames, carry is None), carry)
 
 
-def decode(vae: Any, chunks: Iterable[ArrayLike], carry: Any = None) -> Stream:
+def decode(vae: Any, chunks: Iterable[ArrayLike], carry: Any = None, mesh: Mesh | None = None) -> Stream:
     """Decodes latents of any length: yields the frames (B, T, H, W, 3) of every chunk (B, t, h, w, z), in order.
 
     `chunks` have one latent or more each, and are read as they are needed, at most one ahead of what is yielded.
-    `carry` is None at the start of a stream, or the `carry` of a stream to go on from.
+    `carry` is None at the start of a stream, or the `carry` of a stream to go on from; the devices of a `mesh` share
+    each chunk.
     """
-    return Stream(compiled(vae.decode_chunk), chunks, carry)
+    return Stream(compiled(vae.decode_chunk, mesh), chunks, carry)
 
 
 class Stream(Iterator):
@@ -82,25 +93,40 @@ def _one_ahead(step, chunks, carry):
     yield from before
 
 
-def compiled(method: Step) -> Compiled:
+def compiled(method: Step, mesh: Mesh | None = None) -> Compiled:
     """Compiles a step that is a method of an nnx module, once for every shape of chunk, with the weights as they are.
 
-    Steps of modules that are built alike share what is compiled.
+    Steps of modules that are built alike share what is compiled. The devices of a `mesh` share each chunk.
     """
-    return Compiled(_call, method.__func__, *nnx.split(method.__self__))
+    structure, state = nnx.split(method.__self__)
+    state = state if mesh is None else everywhere(state, mesh)
+    return Compiled(_call, method.__func__, mesh, structure, state)
 
 
 class Compiled(functools.partial):
     """A step that is compiled when it is first called with chunks of a shape, or ahead of that."""
 
+    @property
+    def mesh(self) -> Mesh | None:
+        """The devices that share each chunk."""
+        return self.args[1]
+
+    def __call__(self, chunk: Any, carry: Any) -> tuple[Any, Any]:
+        """Runs the step."""
+        return self.func(*self.args, *self._placed(chunk, carry))
+
     def trace(self, chunk: Any, carry: Any) -> jax.stages.Traced:
         """Gives the program for a chunk and a carry, or for shapes in their place, to be looked at and compiled."""
-        return self.func.trace(*self.args, chunk, carry)
+        return self.func.trace(*self.args, *self._placed(chunk, carry))
+
+    def _placed(self, chunk: Any, carry: Any) -> tuple[Any, Any]:
+        return (chunk, carry) if self.mesh is None else put_step(chunk, carry, self.mesh)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _call(function, structure, state, chunk, carry):  # weights inside the program would be compiled as constants
-    return function(nnx.merge(structure, state), chunk, carry)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _call(function, mesh, structure, state, chunk, carry):  # weights inside the program would be compiled as constants
+    module = nnx.merge(structure, state)
+    return function(module, chunk, carry) if mesh is None else step_on_mesh(module, function, chunk, carry, mesh)
 
 
 def fitted(chunks: Iterable[ArrayLike], factor: int, frames: FramePolicy, start: bool = True) -> Iterator[ArrayLike]:

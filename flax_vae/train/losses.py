@@ -7,7 +7,9 @@ training; R1 and LeCam are additions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import add
 from typing import Any
 
 import jax
@@ -58,18 +60,21 @@ def r1(discriminator: Callable[[Any], Any], clips: Any) -> Scalar:
     """
 
     def total(clips: Any) -> Scalar:
-        return sum(jnp.sum(part, dtype=wide_dtype(part)) for part in jax.tree.leaves(discriminator(clips)))
+        return added([jnp.sum(part, dtype=wide_dtype(part)) for part in jax.tree.leaves(discriminator(clips))])
 
     parts = jax.tree.leaves(jax.grad(total)(clips))
-    return 0.5 * sum(math.prod(part.shape[1:]) * mean(jnp.square(part)) for part in parts)
+    return 0.5 * added([math.prod(part.shape[1:]) * mean(jnp.square(part)) for part in parts])
 
 
 def averaged(term: Callable[..., Scalar], *clips: tuple[Array, ...]) -> Scalar:
     """Gives a term that is a mean over frames, of clips in parts: each part counts as many times as it has frames."""
-    if len(clips[0]) == 1:
-        return term(*(parts[0] for parts in clips))
     frames = sum(part.shape[1] for part in clips[0])
-    return sum(part[0].shape[1] / frames * term(*part) for part in zip(*clips, strict=True))
+    return added([part[0].shape[1] / frames * term(*part) for part in zip(*clips, strict=True)])
+
+
+def added(terms: Sequence[Scalar]) -> Scalar:
+    """Adds terms up."""
+    return reduce(add, terms)
 
 
 def lecam(real: Array, fake: Array, usual_real: Array, usual_fake: Array) -> Scalar:

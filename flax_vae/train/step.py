@@ -129,13 +129,12 @@ class Trainer:
     def lower(self, shape: Sequence[int], *, with_gan: bool) -> jax.stages.Lowered:
         """Gives the program of a step on uint8 batches of a shape (B, T, H, W), to be compiled ahead of time."""
         frames, state, weights = (*shape, 3), jax.eval_shape(self._start, *self._first), self._lpips_weights
-        if self.mesh is None:
-            parts = (jax.ShapeDtypeStruct(frames, jnp.uint8),)
-            return self._compiled.lower(state, weights, parts, with_gan=with_gan)
-        check_sizes(self.mesh.shape, self._vae_config, *shape)
-        parts = abstract(frames, self.mesh, jnp.uint8)
-        state = jax.tree.map(on, state, self._places)
-        weights = jax.tree.map(lambda x: on(x, placed(self.mesh)), weights)
+        parts: Parts = (jax.ShapeDtypeStruct(frames, jnp.uint8),)
+        if self.mesh is not None:
+            check_sizes(self.mesh.shape, self._vae_config, *shape)
+            parts, everyone = abstract(frames, self.mesh, jnp.uint8), placed(self.mesh)
+            state = jax.tree.map(on, state, self._places)
+            weights = jax.tree.map(lambda x: on(x, everyone), weights)
         return self._compiled.lower(state, weights, parts, with_gan=with_gan)
 
     def vae(self, parameters: Any) -> CausalVideoVAE:
@@ -176,7 +175,7 @@ class Trainer:
         chunk = self.config.chunk and self.config.chunk // vae.config.temporal_factor
         again = in_parts(vae, CausalVideoVAE.decode_chunk, latents, self.mesh, chunk)
         again = tuple(part.astype(self.wide) for part in again)
-        return (again, sum(posterior.kl() for posterior in posteriors)), nnx.state(vae, nnx.RngCount)
+        return (again, losses.added([posterior.kl() for posterior in posteriors])), nnx.state(vae, nnx.RngCount)
 
     def _gathered(self, parameters):
         """Gives every device all of the parameters, so that XLA divides the clips by them and not their channels."""
@@ -277,7 +276,7 @@ def sampled(posteriors: Sequence[DiagonalGaussian], key: PRNGKeyArray, mesh: Mes
 def places(state: TrainState, mesh: Mesh, fsdp: bool) -> Any:
     """Says where on the mesh the state lies: everywhere, but for weights that the devices of `data` share."""
     devices = mesh.shape["data"] if fsdp else 1
-    return jax.tree_util.tree_map_with_path(lambda *leaf: placed(mesh, weights_spec(*leaf, devices)), state)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: placed(mesh, weights_spec(path, leaf, devices)), state)
 
 
 def on(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:

@@ -1,0 +1,102 @@
+"""What `flax-vae plan` is asked for, and the request that it makes of that."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from flax_vae.train.config import Model, Precision
+
+if TYPE_CHECKING:
+    from flax_vae.runtime.ahead import Request
+
+OF_PRESET = "(default: the preset's)"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A program, and the devices to compile it for."""
+
+    topology: Annotated[str, arg(metavar="NAME")]
+    """devices: a slice of TPUs, which need not be there (v4:2x2x1, v5e:4x4, v5p:2x2x2, v6e:4x4, v7x:2x2x1); cpu:8,
+    virtual ones; gpu, those of this machine"""
+    job: Positional[Literal["train", "encode", "decode"]] = "train"
+    """a step of training, or a batch of clips"""
+    preset: Literal["tiny", "stage1", "stage2"] = "stage1"
+    """of flax-vae train: all that is not given here, and for training the losses"""
+    model: Annotated[Model | None, arg(help="preset of the model", help_behavior_hint=OF_PRESET)] = None
+    batch: Annotated[
+        int | None, arg(metavar="N", help="clips, of all devices together", help_behavior_hint=OF_PRESET)
+    ] = None
+    frames: Annotated[int | None, arg(metavar="N", help="frames of a clip, 8k + 1", help_behavior_hint=OF_PRESET)] = (
+        None
+    )
+    size: Annotated[
+        str | None, arg(metavar="SIDE|HxW", help="pixels, as 256 or 720x1280", help_behavior_hint=OF_PRESET)
+    ] = None
+    mesh: Annotated[
+        str | None,
+        arg(
+            metavar="SIZES",
+            help="how many devices divide what: data (clips), time, height, width, as data=8,height=2",
+            help_behavior_hint="(default: data=all)",
+        ),
+    ] = None
+    chunk: Annotated[
+        int | None,
+        arg(metavar="N", help="frames at a time, a multiple of 8", help_behavior_hint="(default: all at once)"),
+    ] = None
+    remat: bool = True
+    """for training: compute activations a second time, in less memory"""
+    frame_by_frame: bool = False
+    """compute each block one frame after the other, in less memory"""
+    precision: Annotated[Precision | None, arg(help="what is computed in", help_behavior_hint=OF_PRESET)] = None
+
+
+def request_of(wanted: Wanted) -> Request:
+    """Fills in from the preset what is not given; ValueError for what no program can have."""
+    from flax_vae.cli.clip import parse_size
+    from flax_vae.runtime.ahead import Request
+    from flax_vae.runtime.chips import parse_topology
+    from flax_vae.train.config import PRESETS, check
+
+    base = PRESETS[wanted.preset]
+    sides = parse_size(wanted.size) or base.clips.size
+    height, width = sides if isinstance(sides, tuple) else (sides, sides)
+    given = {"batch": wanted.batch, "frames": wanted.frames}
+    clips = replace(base.clips, **{name: value for name, value in given.items() if value is not None})
+    for side in (height, width):
+        check(replace(base, chunk=wanted.chunk, clips=replace(clips, size=side)))
+    return Request(
+        topology=parse_topology(wanted.topology).name,
+        job=wanted.job,
+        model=wanted.model or base.model,
+        batch=clips.batch,
+        frames=clips.frames,
+        height=height,
+        width=width,
+        mesh={},
+        precision=wanted.precision or base.precision,
+        preset=wanted.preset,
+        chunk=wanted.chunk,
+        remat=wanted.job == "train" and wanted.remat,
+        frame_by_frame=wanted.frame_by_frame,
+    )
+
+
+def with_mesh(request: Request, text: str | None) -> Request:
+    """Completes a request with its mesh, by default all devices for the clips; ValueError where that cannot be."""
+    from flax_vae.models.config import VAEConfig
+    from flax_vae.runtime.chips import parse_topology
+    from flax_vae.runtime.mesh import check_sizes, parse_mesh
+
+    count = parse_topology(request.topology).devices
+    sizes = parse_mesh(text) if text else {"data": count or 1}
+    if count is not None and (made := math.prod(sizes.values())) != count:
+        raise ValueError(f"--mesh {text} has {made} devices, and {request.topology} has {count}: expected as many")
+    config: VAEConfig = getattr(VAEConfig, request.model)()
+    check_sizes(sizes, config, request.batch, request.frames, request.height, request.width)
+    return replace(request, mesh=sizes)
