@@ -53,6 +53,8 @@ class Wanted:
     """for training: compute activations a second time, in less memory"""
     frame_by_frame: bool = False
     """compute each block one frame after the other, in less memory"""
+    fsdp: bool = False
+    """for training: the devices of data share the weights and the optimizer too"""
     precision: Annotated[Precision | None, arg(help="what is computed in", help_behavior_hint=OF_PRESET)] = None
 
 
@@ -84,6 +86,7 @@ def request_of(wanted: Wanted) -> Request:
         chunk=wanted.chunk,
         remat=wanted.job == "train" and wanted.remat,
         frame_by_frame=wanted.frame_by_frame,
+        fsdp=wanted.job == "train" and wanted.fsdp,
     )
 
 

@@ -90,11 +90,13 @@ def lower_training(request: Request, mesh: jax.sharding.Mesh) -> jax.stages.Lowe
     from flax_vae.train.step import DISCRIMINATORS, Trainer
 
     preset = PRESETS[request.preset]
-    config = replace(preset, model=request.model, precision=request.precision, remat=request.remat, chunk=request.chunk)
+    clips = replace(preset.clips, batch=request.batch, frames=request.frames, size=request.height, images=0.0)
+    run = {"model": request.model, "precision": request.precision, "remat": request.remat, "chunk": request.chunk}
+    config = replace(preset, clips=clips, **run)
     with_gan = config.gan.kind != "none"
     lpips = nnx.eval_shape(lambda: LPIPS(rngs=nnx.Rngs(0))) if config.loss.lpips else None
     judge = nnx.eval_shape(lambda: DISCRIMINATORS[config.gan.kind](rngs=nnx.Rngs(1))) if with_gan else None
-    trainer = Trainer(config, abstract_vae(request), lpips, judge, mesh=mesh)
+    trainer = Trainer(config, abstract_vae(request), lpips, judge, mesh=mesh, fsdp=request.fsdp)
     return trainer.lower((request.batch, request.frames, request.height, request.width), with_gan=with_gan)
 
 

@@ -15,15 +15,15 @@ from jaxtyping import Array
 class FromNeighbour:
     """A carry for frames that several devices share: each but the first takes it from the devices before it.
 
-    What each device has is a clip of its own to the layers: (B, devices, T) are (B * devices, T). `carry` is that of
-    the stream, of which every device has a copy; the first device goes on from it.
+    What each device has is a clip of its own to the layers: (B, T) are (devices * B, T / devices). `carry` is that
+    of the stream, of which every device has a copy; the first device goes on from it.
     """
 
     carry: Array
     devices: int = field(metadata={"static": True})
 
     def before(self, x: Array) -> Array:
-        """Gives the frames before those of each (B * devices, T, H, W, C), as many as the carry has.
+        """Gives the frames before those of each (devices * B, T, H, W, C), as many as the carry has.
 
         Where a device holds fewer frames than that, they come from several devices.
         """
@@ -32,16 +32,16 @@ class FromNeighbour:
             return x[:, :0]
         length = min(count, x.shape[1])
         hops = -(-count // length)
-        ends = x[:, x.shape[1] - length :].reshape(-1, self.devices, length, *x.shape[2:])
+        ends = x[:, x.shape[1] - length :].reshape(self.devices, -1, length, *x.shape[2:])
         padded = jnp.pad(self.carry, ((0, 0), (hops * length - count, 0), *((0, 0),) * (x.ndim - 2)))
-        given = padded.reshape(-1, self.devices, hops, length, *x.shape[2:])
+        given = padded.reshape(self.devices, -1, hops, length, *x.shape[2:])
         blocks = [self._sent(ends, given[:, :, hops - hop :], hop) for hop in range(hops, 0, -1)]
         return jnp.concatenate(blocks, axis=1)[:, hops * length - count :]
 
     def _sent(self, ends: Array, given: Array, hop: int) -> Array:
         """Gives each device the last frames of the one `hop` places before it; where there is none, the carry's."""
-        places = jnp.arange(self.devices).reshape(1, -1, *(1,) * (ends.ndim - 2))
-        sent = jnp.roll(ends, hop, axis=1)
+        places = jnp.arange(self.devices).reshape(-1, *(1,) * (ends.ndim - 1))
+        sent = jnp.roll(ends, hop, axis=0)
         for place in range(min(hop, self.devices)):
             sent = jnp.where(places == place, given[:, :, place], sent)
         return sent.reshape(-1, *ends.shape[2:])

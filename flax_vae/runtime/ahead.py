@@ -49,6 +49,7 @@ class Request:
     chunk: int | None = None
     remat: bool = False
     frame_by_frame: bool = False
+    fsdp: bool = False
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from flax_vae.models.config import VAEConfig
 from flax_vae.runtime.mesh import check_sizes, clip_spec, placed
 
 Parts = tuple[Any, ...]
-CUT = Spec(("data", "time"), None, "height", "width", None)  # of clips each of which is a device's share of one
+CUT = Spec(("time", "data"), None, "height", "width", None)  # of clips each of which is a device's share of one
 
 
 def encode(vae: Any, video: Any, mesh: Mesh, chunk: int | None = None) -> Any:
@@ -167,38 +167,39 @@ def in_parts(module: nnx.Module, step: Step, parts: Parts, mesh: Mesh | None, ch
 def over_time(module: nnx.Module, step: Step, x: Any, carry: Any, mesh: Mesh) -> tuple[Any, Any]:
     """Gives what `step(module, x, carry)` gives of frames (B, T, H, W, C) that are divided over `time`.
 
-    What a device has of a clip is a clip of its own: (B, T) become (B * devices, T / devices). Of the carry, each
+    What a device has of a clip is a clip of its own: (B, T) become (devices * B, T / devices). Of the carry, each
     device has a copy, before and after.
     """
     devices = mesh.shape["time"]
 
     def joined_again(x):
-        x = x.reshape(x.shape[0] // devices, x.shape[1] * devices, *x.shape[2:])
+        x = jnp.moveaxis(x.reshape(devices, -1, *x.shape[1:]), 0, 1)
+        x = x.reshape(x.shape[0], devices * x.shape[2], *x.shape[3:])
         return lax.with_sharding_constraint(x, placed(mesh, clip_spec(True)))
 
-    own = x.reshape(x.shape[0] * devices, x.shape[1] // devices, *x.shape[2:])
-    own = lax.with_sharding_constraint(own, placed(mesh, CUT))
+    own = jnp.moveaxis(x.reshape(x.shape[0], devices, -1, *x.shape[2:]), 1, 0)
+    own = lax.with_sharding_constraint(own.reshape(-1, *own.shape[2:]), placed(mesh, CUT))
     result, after = step(module, own, jax.tree.map(lambda leaf: FromNeighbour(leaf, devices), carry))
     after = jax.tree.map(lambda leaf: copies(one_copy(devices - 1, mesh, leaf), mesh), after)
     return jax.tree.map(joined_again, result), after
 
 
 def copies(x: Any, mesh: Mesh) -> Any:
-    """Gives every device of `time` a copy of (B, T, H, W, C), as a clip of its own: (B * devices, T, H, W, C).
+    """Gives every device of `time` a copy of (B, T, H, W, C), as a clip of its own: (devices * B, T, H, W, C).
 
     Were the clip simply on all of them, XLA (of jax 0.10) would count the gradients of kernels once a device where
     height or width are divided too.
     """
-    x = jnp.broadcast_to(x[:, None], (x.shape[0], mesh.shape["time"], *x.shape[1:]))
+    x = jnp.broadcast_to(x, (mesh.shape["time"], *x.shape))
     return lax.with_sharding_constraint(x.reshape(-1, *x.shape[2:]), placed(mesh, CUT))
 
 
 def one_copy(place: int, mesh: Mesh, x: Any) -> Any:
-    """Gives all devices of `time` what the one at a place has of (B * devices, T, H, W, C)."""
+    """Gives all devices of `time` what the one at a place has of (devices * B, T, H, W, C)."""
     devices = mesh.shape["time"]
-    x = x.reshape(-1, devices, *x.shape[1:])
-    is_there = (jnp.arange(devices) == place).reshape(1, -1, *(1,) * (x.ndim - 2))
-    x = jnp.where(is_there, x, jnp.zeros_like(x)).sum(axis=1)  # not x[:, place], for which XLA would gather all of x
+    x = x.reshape(devices, -1, *x.shape[1:])
+    is_there = (jnp.arange(devices) == place).reshape(-1, *(1,) * (x.ndim - 1))
+    x = jnp.where(is_there, x, jnp.zeros_like(x)).sum(axis=0)  # not x[place], for which XLA would gather all of x
     return lax.with_sharding_constraint(x, placed(mesh, clip_spec(False)))
 
 
