@@ -48,7 +48,7 @@ def copying(monkeypatch, checkpoints):
 
     def use(*args, **options):
         vae = Copy(*args, **options)
-        monkeypatch.setattr("flax_vae.cli.eval.load", lambda _: Model(vae, vae, "0" * 16))
+        monkeypatch.setattr("flax_vae.cli.eval.load", lambda *_, **__: Model(vae, vae, "0" * 16))
         return vae
 
     return use

@@ -51,7 +51,7 @@ def promoting():
 @pytest.fixture(autouse=True)
 def compiled_once(monkeypatch):
     """Has all runs of a config take one trainer, which holds nothing that changes, and costs most of their time."""
-    monkeypatch.setattr(loop, "Trainer", lambda config, *models: trainer(config))
+    monkeypatch.setattr(loop, "Trainer", lambda config, *_, **__: trainer(config))
 
 
 @functools.cache
@@ -245,7 +245,7 @@ def poisoned(monkeypatch, steps):
     """Has the batches of these steps hold a pixel that is not a number."""
     drawn = loop.batches
 
-    def batches(entries, config, seed, start=0, broken=None):
+    def batches(entries, config, seed, start=0, broken=None, share=(0, 1)):
         for step, batch in enumerate(drawn(entries, config, seed, start, broken), start):
             pixels = batch.astype(np.float32) / 127.5 - 1
             if step in steps and broken:

@@ -7,8 +7,11 @@ import inspect
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, NoReturn, Union
+
+from flax_vae.runtime.cluster import is_joined, leave
 
 COMMANDS = ("info", "port", "encode", "decode", "reconstruct", "eval", "extract", "train", "export", "plan", "demo")
 EXTRAS = {
@@ -54,9 +57,11 @@ def main(args: Sequence[str] | None = None) -> None:
         fail("\n".join([str(error), *notes(error)]), 2)
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+            crash()
         what = f"out of memory; give a smaller --memory or --size ({str(error).splitlines()[0]})"
         fail("\n".join([what, *notes(error)]), 2)
+    except Exception:
+        crash()
     sys.exit(0)
 
 
@@ -105,6 +110,14 @@ def missing_package(error: ModuleNotFoundError) -> str:
     return f"this command needs the package {name}: pip install {wanted}"
 
 
+def crash() -> NoReturn:
+    """Raises the error that nobody expected; in a cluster, shows it and ends at once, so that the others end too."""
+    if not is_joined():
+        raise  # what is being handled where this is called
+    traceback.print_exc()
+    leave(1)
+
+
 def fail(message: str, code: int) -> None:
     print(f"flax-vae: {message}", file=sys.stderr)
-    sys.exit(code)
+    leave(code)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,9 +13,10 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 from flax_vae.cli.budget import read_budget
 from flax_vae.cli.clip import Clip, expected, open_clip, parse_size
 from flax_vae.cli.model import check_stream, load, read_config
-from flax_vae.cli.options import Checkpoint, Frames, Memory, Mesh, Size
-from flax_vae.cli.screen import note, progress
+from flax_vae.cli.options import NO_CLUSTER, Checkpoint, Frames, Memory, Mesh, Processes, Size
+from flax_vae.cli.screen import Meter, note, progress
 from flax_vae.io.video import UNREADABLE
+from flax_vae.runtime.cluster import check_same, gathered, joined
 
 if TYPE_CHECKING:
     from flax_vae.models.config import VAEConfig
@@ -54,6 +57,7 @@ def eval(
     no_lpips: NoLPIPS = False,
     fvd: NeedFVD = False,
     no_fvd: NoFVD = False,
+    cluster: Processes = NO_CLUSTER,
 ) -> None:
     """Measures how good a model's reconstructions are: PSNR, SSIM and LPIPS, by clip, by frame and over all.
 
@@ -88,17 +92,27 @@ def eval(
     check_out(out, data)
     has_lpips = decide("lpips", lpips, no_lpips, lpips_file, GET_LPIPS)
     has_fvd = decide("fvd", fvd, no_fvd, i3d_file, GET_FVD)
-    clips, failed = open_clips(data, config, size, frames, has_lpips)
-    check_stream(mesh, config, ((clip.height, clip.width) for clip in clips))
-    model = load(weights, mesh=mesh)
-    instruments = prepare(model, clips, has_lpips, has_fvd, budget)
-    out.mkdir(exist_ok=True)
-    with progress("evaluating", expected(clips)) as meter:
-        evaluation = evaluate(clips, failed, instruments, meter)
-    about = {"checkpoint": weights, "data": str(data.absolute()), "size": size, "frames": frames, **model.identity}
-    write(out, evaluation, about)
-    show(data, evaluation)
-    note(f"wrote {out / JSON} and {out / PICTURE}: {meter.pace()}")
+    with joined(cluster) as (process, processes):
+        clips, failed = open_clips(data, config, size, frames, has_lpips)
+        check_same([(clip.path, clip.stated) for clip in clips], "the clips")
+        check_stream(mesh, config, ((clip.height, clip.width) for clip in clips))
+        model = load(weights, mesh=mesh)
+        instruments = prepare(model, clips, has_lpips, has_fvd, budget)
+        instruments = replace(instruments, latents=min(gathered(instruments.latents)))
+        with shown(process, expected(clips[process::processes])) as meter:
+            evaluation = evaluate(clips, failed, instruments, meter)
+        if process > 0:
+            return
+        about = {"checkpoint": weights, "data": str(data.absolute()), "size": size, "frames": frames}
+        out.mkdir(exist_ok=True)
+        write(out, evaluation, about | model.identity)
+        show(data, evaluation)
+        note(f"wrote {out / JSON} and {out / PICTURE}: {meter.pace()}")
+
+
+def shown(process: int, frames: int | None) -> AbstractContextManager[Meter]:
+    """Shows how far the first process of a cluster is, which has as much to do as the others."""
+    return progress("evaluating", frames) if process == 0 else nullcontext(Meter())
 
 
 def check_options(config: VAEConfig, size: str | None, frames: int | None) -> None:

@@ -15,8 +15,9 @@ from flax_vae.cli.budget import read_budget
 from flax_vae.cli.clip import Clip, open_clip
 from flax_vae.cli.extraction import LATENTS, Extraction
 from flax_vae.cli.model import check_stream, load, read_config
-from flax_vae.cli.options import Frames, LossyTiles, Memory, Mesh, Size, Weights
+from flax_vae.cli.options import NO_CLUSTER, Frames, LossyTiles, Memory, Mesh, Processes, Size, Weights
 from flax_vae.cli.screen import note, table
+from flax_vae.runtime.cluster import joined
 
 if TYPE_CHECKING:
     from flax_vae.io.manifest import Entry
@@ -33,10 +34,11 @@ Source = Annotated[
 ]
 Out = Annotated[Path, Positional, arg(metavar="OUT", help="folder to write; made if it is not there, or gone on with")]
 Part = Annotated[
-    str,
+    str | None,
     arg(
         metavar="K/N",
         help="do the K-th of N parts, so that N processes, here or on other machines, share the work on one OUT",
+        help_behavior_hint="(default: all, or in a cluster the part of this process)",
     ),
 ]
 MANIFEST, FAILED, STATISTICS = "manifest.jsonl", "failed.jsonl", "statistics.json"
@@ -50,8 +52,9 @@ def extract(
     frames: Frames = None,
     memory: Memory = None,
     mesh: Mesh = None,
-    part: Part = "1/1",
+    part: Part = None,
     lossy_tiles: LossyTiles = False,
+    cluster: Processes = NO_CLUSTER,
 ) -> None:
     """Encodes a whole data set: every clip of a folder or manifest to latents, and statistics over all of them.
 
@@ -66,10 +69,29 @@ def extract(
     Example:
       flax-vae extract clips/ clips_latents --weights my_vae --size 256x256 --part 1/4
     """
+    if part is not None and cluster.is_asked_for:
+        raise ValueError(f"--part {part}: in a cluster each process does the part of its number; leave it out")
+    with joined(cluster) as (process, processes):
+        own = (process + 1, processes) if part is None else read_part(part)
+        extract_part(own, source, out, weights, size, frames, memory, mesh, lossy_tiles)
+
+
+def extract_part(
+    part: tuple[int, int],
+    source: Path,
+    out: Path,
+    weights: str,
+    size: str | None,
+    frames: int | None,
+    memory: str | None,
+    mesh: str | None,
+    lossy_tiles: bool,
+) -> None:
+    """Encodes every N-th clip from the K-th on, and finishes OUT where nothing is left to be done."""
     from flax_vae.io.files import scratch
     from flax_vae.io.manifest import Log, read_entries
 
-    number, parts = read_part(part)
+    number, parts = part
     config, budget, entries = read_config(weights), read_budget(memory), read_entries(source)
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"{out}: there is no folder {out.absolute().parent}; create it first")

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from operator import or_
 from pathlib import Path
+from typing import TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,39 +21,74 @@ from flax_vae.cli.screen import Meter
 from flax_vae.io.picture import psnr
 from flax_vae.io.pixels import to_float, to_uint8
 from flax_vae.io.video import UNREADABLE
+from flax_vae.runtime.cluster import gathered, process
 from flax_vae.runtime.stream import Compiled
 from flax_vae.train.i3d import FRAMES, resized
 
+T = TypeVar("T")
 BEST_PSNR = 100.0  # dB; equal frames have no finite one
 SAMPLES = 12  # frames of a clip that are kept for the picture, at most
 SHOWN = 6  # frames in the picture, and the worst one
 
 
+@dataclass
+class Share:
+    """What a process finds: clips and frames of them to show by their place in the list, and of all the worst frame."""
+
+    done: dict[int, ClipQuality] = field(default_factory=dict)
+    failed: dict[int, tuple[Path, str]] = field(default_factory=dict)
+    samples: dict[int, list[Sample]] = field(default_factory=dict)
+    worst: list[tuple[float, int, Sample]] = field(default_factory=list)
+
+    def add(self, place: int, measurement: Measurement, shown: int) -> None:
+        """Adds a clip that is measured, of which so many frames are shown."""
+        self.done[place] = ClipQuality(measurement.clip, measurement.scores, measurement.windows)
+        self.samples[place] = measurement.chosen(shown)
+        worst = [(sample.psnr, place, sample) for sample in measurement.worst]
+        self.worst = [min([*self.worst, *worst], key=lambda found: found[:2])]
+
+    def __or__(self, other: Share) -> Share:
+        worst = [min([*self.worst, *other.worst], key=lambda found: found[:2])] if self.worst or other.worst else []
+        return Share(self.done | other.done, self.failed | other.failed, self.samples | other.samples, worst)
+
+
 def evaluate(
     clips: Sequence[Clip], failed: Sequence[tuple[Path, str]], instruments: Instruments, meter: Meter
 ) -> Evaluation:
-    """Measures clips; `failed` are left out already. Raises ValueError where all turn out to be damaged."""
-    done: list[ClipQuality] = []
-    failed = list(failed)
-    samples: list[Sample] = []
-    worst: list[Sample] = []
-    shares = dict(sharing(len(clips)))
-    for i, clip in enumerate(clips):
-        measurement = Measurement(clip, instruments)
+    """Measures clips, in a cluster every process its share, after which all have the same evaluation.
+
+    `failed` are left out already. Raises ValueError where all turn out to be damaged.
+    """
+    found = reduce(or_, gathered(measured(clips, instruments, meter)))
+    done, broken, shown = (in_order(part) for part in (found.done, found.failed, found.samples))
+    failed = [*failed, *broken]
+    if not done:
+        raise ValueError("\n".join(["no clip can be read to its end", *listed(failed)]))
+    samples = [sample for some in shown for sample in some]
+    names = {(sample.path, sample.number) for sample in samples}
+    samples += [sample for *_, sample in found.worst if (sample.path, sample.number) not in names]
+    chunk, factor = instruments.latents * clips[0].factor, clips[0].factor
+    return Evaluation(done, failed, samples, chunk, factor, instruments.features is not None)
+
+
+def measured(clips: Sequence[Clip], instruments: Instruments, meter: Meter) -> Share:
+    """Measures what this process has to measure: every clip, or in a cluster of N every N-th one."""
+    share, shown = Share(), dict(sharing(len(clips)))
+    number, every = process()
+    for place in range(number, len(clips), every):
+        measurement = Measurement(clips[place], instruments)
         try:
             measurement.run(meter)
         except Unreadable as error:
-            failed.append((clip.path, str(error)))
+            share.failed[place] = clips[place].path, str(error)
             continue
-        done.append(ClipQuality(clip, measurement.scores, measurement.windows))
-        samples += measurement.chosen(shares.get(i, 0))
-        worst = [min([*worst, *measurement.worst], key=lambda sample: sample.psnr)]
-    if not done:
-        raise ValueError("\n".join(["no clip can be read to its end", *listed(failed)]))
-    shown = {(sample.path, sample.number) for sample in samples}
-    samples += [sample for sample in worst if (sample.path, sample.number) not in shown]
-    chunk, factor = instruments.latents * clips[0].factor, clips[0].factor
-    return Evaluation(done, failed, samples, chunk, factor, instruments.features is not None)
+        share.add(place, measurement, shown.get(place, 0))
+    return share
+
+
+def in_order(found: dict[int, T]) -> list[T]:
+    """Gives what was found in the order of the clips."""
+    return [found[place] for place in sorted(found)]
 
 
 def sharing(clips: int) -> Iterator[tuple[int, int]]:

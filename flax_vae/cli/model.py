@@ -6,10 +6,10 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -70,13 +70,15 @@ class Model:
 def load(checkpoint: str, lossy_tiles: bool = False, mesh: str | None = None) -> Model:
     """Loads a checkpoint in float32 and keeps what will be compiled for it on disk, for the next run.
 
-    The devices of the `mesh` share each chunk. Raises ValueError where there are not as many.
+    The devices of the `mesh`, all of this process, share each chunk. Raises ValueError where there are not as many.
     """
+    import jax
+
     from flax_vae.models.vae import CausalVideoVAE
     from flax_vae.runtime.tile import LossyTiles, LossyTiling
 
     keep_compiled()
-    devices = open_mesh(mesh)
+    devices = open_mesh(mesh, jax.local_devices)
     if lossy_tiles and devices is not None:
         raise ValueError("--lossy-tiles are computed one after the other, on one device: leave it or --mesh out")
     note(f"loading {checkpoint}")
@@ -103,11 +105,11 @@ def check_stream(mesh: str | None, config: VAEConfig, sizes: Iterable[tuple[int,
         check_sizes(devices, config, 1, PIECE * config.temporal_factor + 1, height, width)
 
 
-def open_mesh(text: str | None) -> Mesh | None:
-    """Gives the mesh that --mesh asks for, over all devices; ValueError where there are not as many."""
+def open_mesh(text: str | None, devices: Callable[[], list[Any]]) -> Mesh | None:
+    """Gives the mesh that --mesh asks for, over all these devices; ValueError where there are not as many."""
     from flax_vae.runtime.mesh import make_mesh, parse_mesh
 
-    return None if text is None else make_mesh(parse_mesh(text))
+    return None if text is None else make_mesh(parse_mesh(text), devices())
 
 
 def keep_compiled() -> None:

@@ -5,6 +5,8 @@ from typing import Annotated
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
+from flax_vae.runtime.cluster import Cluster
+
 _CHECKPOINT = (
     "checkpoint: a folder with config.json and *.safetensors (also sharded), .bin, .pt or .pth, "
     "one such file beside its config.json, a hub name owner/name, or default, a small model in this package"
@@ -84,3 +86,5 @@ MeasureTiles = Annotated[
         help_behavior_hint="",
     ),
 ]
+Processes = Annotated[Cluster, FlagCreatePairsOff, arg(name="")]
+NO_CLUSTER = Cluster()

@@ -7,15 +7,16 @@ import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import FlagCreatePairsOff, arg
 
-from flax_vae.cli.options import Mesh
+from flax_vae.cli.options import NO_CLUSTER, Mesh, Processes
 from flax_vae.cli.screen import note
+from flax_vae.runtime.cluster import Cluster, anywhere, joined, noticing
 from flax_vae.train.config import PRESETS, TrainConfig
 
 if TYPE_CHECKING:
@@ -62,9 +63,10 @@ def with_preset(args: Sequence[str]) -> Callable[..., None]:
         preset: Preset = chosen,
         mesh: Mesh = None,
         fsdp: Fsdp = False,
+        cluster: Processes = NO_CLUSTER,
         config: Annotated[TrainConfig, arg(name="")] = PRESETS[chosen],
     ) -> None:
-        run(config, data, out, mesh, fsdp)
+        run(config, data, out, mesh, fsdp, cluster)
 
     train.__doc__ = TRAIN
     return train
@@ -82,9 +84,10 @@ Example:
 """
 
 
-def run(config: TrainConfig, data: Path, out: Path, mesh: str | None, fsdp: bool) -> None:
+def run(config: TrainConfig, data: Path, out: Path, mesh: str | None, fsdp: bool, cluster: Cluster) -> None:
     """Trains until the last step, or until it is asked to stop."""
     import matplotlib  # noqa: F401  # needed at the first picture, so a missing one would be noticed too late
+    from jax import devices
 
     from flax_vae.cli.model import keep_compiled, open_mesh
     from flax_vae.train.loop import Run
@@ -92,18 +95,20 @@ def run(config: TrainConfig, data: Path, out: Path, mesh: str | None, fsdp: bool
 
     keep_compiled()
     without_echoes_of_orbax()
-    with Run(config, data, out, open_mesh(mesh), fsdp) as training, stopping() as stop:
-        begin(training)
-        with bar(training) as show:
-            for record in training.steps():
-                show(record)
-                if stop.signal:
-                    break
-        training.save()
-        training.checkpoints.wait()
-        done = training.step
+    with joined(cluster) as (process, processes):
+        if processes > 1 and mesh is None:
+            mesh = f"data={len(devices())}"
+        with Run(config, data, out, open_mesh(mesh, devices), fsdp) as training, stopping() as stop, noticing():
+            with begun(training) if process == 0 else nullcontext(lambda _: None) as show:
+                for record in training.steps():
+                    show(record)
+                    if stop.is_asked_for():
+                        break
+            training.save()
+            training.checkpoints.wait()
+            done = training.step
     end(out, stop.signal, done, config.steps)
-    if done == config.steps:
+    if process == 0 and done == config.steps:
         note(f"wrote {write_report(out)}; weights: flax-vae export {out} my_vae")
 
 
@@ -120,13 +125,14 @@ def without_echoes_of_orbax() -> None:
     sys.unraisablehook = show
 
 
-def begin(training: Run) -> None:
-    """Says what is about to be trained, on what, and from which step on."""
+def begun(training: Run) -> AbstractContextManager[Callable[[Record], None]]:
+    """Says what is about to be trained, on what, and from which step on, and shows how far it is."""
     clips = [entry.kind for entry in training.entries]
     note(f"{training.source}: {clips.count('video')} videos, {clips.count('image')} images")
     note(f"data: about {training.frames_per_second:.0f} frames/s a reader, {training.readers} readers")
     if training.step:
         note(f"{training.out}: going on at step {training.step}")
+    return bar(training)
 
 
 def end(out: Path, stopped: int | None, done: int, steps: int) -> None:
@@ -134,8 +140,9 @@ def end(out: Path, stopped: int | None, done: int, steps: int) -> None:
     from flax_vae.io.manifest import whole_lines
     from flax_vae.train.loop import BROKEN
 
-    if broken := sum(1 for _ in whole_lines(out / BROKEN)):
-        note(f"{broken} clips could not be read and were replaced by others: {out / BROKEN}")
+    lists = sorted(out.glob(BROKEN.replace(".", "*.")))  # one of each process
+    if broken := {line for path in lists for line in whole_lines(path)}:
+        note(f"{len(broken)} clips could not be read and were replaced by others: {', '.join(map(str, lists))}")
     if stopped:
         note(f"stopped by {signal.Signals(stopped).name} at step {done} of {steps}, saved; the same command goes on")
         if stopped == signal.SIGINT:
@@ -146,6 +153,11 @@ class Stop:
     """Whether the process was asked to stop, and by which signal."""
 
     signal: int | None = None
+
+    def is_asked_for(self) -> bool:
+        """Tells whether any process of the cluster was asked to; all of them must call it after the same step."""
+        self.signal = anywhere(self.signal or 0) or None
+        return self.signal is not None
 
     def ask(self, number: int, _frame: Any) -> None:
         """Notes the signal, for after the step; a second one interrupts."""

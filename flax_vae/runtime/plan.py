@@ -35,7 +35,7 @@ def available_bytes() -> int:
     On a CPU half of the machine's memory, or of its control group's limit if that is less, as containers have one; on
     other devices nine tenths of what jax may allocate. Raises ValueError where neither is known.
     """
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     if device.platform == "cpu":
         return math.floor(HOST_SHARE * min([physical_bytes(), *cgroup_limits()]))
     limit = (device.memory_stats() or {}).get("bytes_limit")

@@ -23,9 +23,17 @@ ENDLESS = 1 << 50  # clips; grain's own endless repetition is too long to be mix
 
 
 def batches(
-    entries: Sequence[Entry], config: ClipConfig, seed: int, start: int = 0, broken: Path | None = None
+    entries: Sequence[Entry],
+    config: ClipConfig,
+    seed: int,
+    start: int = 0,
+    broken: Path | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[np.ndarray]:
     """Yields batches (B, T, H, W, 3) without end, from number `start` on; T is 1 for images.
+
+    With a `share` (k, N) only the k-th of N equal parts of every batch is read, counted from 0: those of k = 0 to N - 1
+    joined are the batch.
 
     Where there are no images, they are frames of the videos. A clip that cannot be read, or is too short, is replaced
     by another one and noted in the file `broken`, a line a clip, once a process. Raises ValueError where there is no
@@ -41,7 +49,10 @@ def batches(
     def drawn(kind: Sequence[Entry], frames: int, batch: int, number: int):
         draw = Draw(kind, config, frames, broken)
         source = grain.MapDataset.source(list(kind)).seed(seed + number).shuffle()
-        return source.repeat(-(-ENDLESS // len(kind))).random_map(draw).batch(batch)
+        every = source.repeat(-(-ENDLESS // len(kind))).random_map(draw)
+        whole = len(every) - len(every) % batch
+        own = [every[row:whole:batch] for row in rows_of(batch, share)]
+        return grain.experimental.ZipMapDataset(own).map(stacked)
 
     parts = [(drawn(videos, config.frames, config.batch, 0), 1 - config.images)] if config.images < 1 else []
     parts += [(drawn(images, 1, config.image_batch, 1), config.images)] if config.images > 0 else []
@@ -55,6 +66,19 @@ def batches(
         workers = grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=2)
         ordered = ordered.mp_prefetch(workers, worker_init_fn=mark_flags_as_parsed)
     return iter(ordered)
+
+
+def stacked(rows: Any) -> np.ndarray:
+    """Gives a batch of its clips."""
+    return np.stack(rows)
+
+
+def rows_of(batch: int, share: tuple[int, int]) -> range:
+    """Gives the rows of a batch that are the k-th of N equal parts, from 0; ValueError where N does not divide it."""
+    number, parts = share
+    if batch % parts:
+        raise ValueError(f"{parts} processes cannot share {batch} clips or images of a batch: expected a multiple")
+    return range(number * batch // parts, (number + 1) * batch // parts)
 
 
 def readers(config: ClipConfig) -> int:

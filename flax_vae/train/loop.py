@@ -29,10 +29,11 @@ from flax_vae.io.pixels import to_float
 from flax_vae.layers.conv import INITIAL_SPREAD
 from flax_vae.models.config import VAEConfig
 from flax_vae.models.vae import CausalVideoVAE
+from flax_vae.runtime.cluster import check_same, gathered, process, share_of
 from flax_vae.runtime.parallel import everywhere
 from flax_vae.train.checkpoints import CHECKPOINTS, UNKNOWN, Checkpoints
 from flax_vae.train.config import TrainConfig, check
-from flax_vae.train.data import batches, readers
+from flax_vae.train.data import batches, readers, rows_of
 from flax_vae.train.discriminator import PatchDiscriminator
 from flax_vae.train.log import MetricsLog
 from flax_vae.train.lpips import LPIPS
@@ -70,7 +71,8 @@ class Run:
     `with Run(config, source, out) as run: for record in run.steps(): ...`, then `run.save()`. To stop is to leave the
     loop. Raises ValueError where the folder holds a run of another config, or another process is at it, or there is
     nothing to train on. The devices of a `mesh` share the work, with `fsdp` those of `data` also the weights; a run may
-    go on with another mesh than it was begun with.
+    go on with another mesh than it was begun with. In a cluster every process makes the same `Run`, on a mesh of all
+    devices, and reads its own clips of every batch; the first one writes what is not a checkpoint.
     """
 
     def __init__(
@@ -78,16 +80,22 @@ class Run:
     ):
         self.config, self.source, self.out = config, Path(source), Path(out)
         self.mesh, self.fsdp = mesh, fsdp
+        self.share = share_of(mesh)
+        self.is_first = process()[0] == 0
+        self.broken = self.out / (BROKEN if self.is_first else BROKEN.replace(".", f"-{process()[0]}."))
         check(config)
         if self.out.absolute().is_relative_to(self.source.absolute()):
             raise ValueError(f"{out}: lies in the data; train into another folder")
         self.entries = read_entries(source)
+        check_shares(config, self.share)
+        check_same((self.settings, [entry.path for entry in self.entries]), "config and clips")
 
     def __enter__(self) -> Run:
         self.out.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
-            lock = locked(self.out / ".lock", f"{self.out}: another process trains here")
-            stack.callback(lock.release)
+            if self.is_first:
+                lock = locked(self.out / ".lock", f"{self.out}: another process trains here")
+                stack.callback(lock.release)
             self._begin(stack)
             self._stack = stack.pop_all()
         return self
@@ -102,16 +110,19 @@ class Run:
         vae = first_model(self.config)
         judge = PatchDiscriminator.from_pretrained(self.config.gan.init) if self.config.gan.init else None
         self.trainer = Trainer(self.config, vae, lpips, judge, mesh=self.mesh, fsdp=self.fsdp)
-        keep_json(self.out / CONFIG, self.settings)
-        keep_json(self.out / MODEL, vae.config.to_dict())
+        if self.is_first:
+            keep_json(self.out / CONFIG, self.settings)
+            keep_json(self.out / MODEL, vae.config.to_dict())
         self.state = self.trainer.start()
         self.checkpoints = Checkpoints(self.out / CHECKPOINTS, self.config.keep)
         stack.callback(self.checkpoints.close)
         self._saved = self.checkpoints.newest()
         if self._saved is not None:
             self.state = self.checkpoints.restore(self.state)
-        self.log = MetricsLog(self.out, self.step)
-        stack.callback(self.log.close)
+        self.log = None
+        if self.is_first:
+            self.log = MetricsLog(self.out, self.step)
+            stack.callback(self.log.close)
         if self._saved is None:
             self.save(self.draw())
 
@@ -127,7 +138,7 @@ class Run:
 
     def steps(self) -> Iterator[Record]:
         """Trains to the last step and yields what each has measured; saves and draws as often as the config says."""
-        data = batches(self.entries, self.config.clips, self.config.seed, self.step, self.out / BROKEN)
+        data = batches(self.entries, self.config.clips, self.config.seed, self.step, self.broken, share=self.share)
         returns = 0
         for step in range(self.step, self.config.steps):
             began = time.perf_counter()
@@ -136,8 +147,10 @@ class Run:
             with_gan = self.config.gan.takes_part(step)
             self.state, metrics = self.trainer.step(self.state, frames, with_gan=with_gan)
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            record = Record(step, values, frames.shape[0] * frames.shape[1], time.perf_counter() - began, waited)
-            self.log.add(step, values | record.speed)
+            count = frames.shape[0] * frames.shape[1] * self.share[1]
+            record = Record(step, values, count, time.perf_counter() - began, waited)
+            if self.log is not None:
+                self.log.add(step, values | record.speed)
             yield record
             returns = self._after(step + 1, values, returns)
 
@@ -173,6 +186,10 @@ class Run:
     def draw(self) -> float:
         """Draws input, reconstruction and difference of the clips that are shown, by the averaged weights; gives dB."""
         average = self.state.average if self.mesh is None else everywhere(self.state.average, self.mesh)
+        quality = self._drawn(jax.tree.map(lambda leaf: leaf.addressable_data(0), average)) if self.is_first else 0.0
+        return gathered(quality)[0]
+
+    def _drawn(self, average: Any) -> float:
         vae = self.trainer.vae(average)
         again = [np.asarray(reconstruct(vae, to_float(clip[None]))) for clip in self.shown]
         return keep_picture(self.out, self.step, to_float(self.shown), np.concatenate(again))
@@ -187,6 +204,12 @@ class Run:
         self.shown = next(batches(self.entries, settings, self.config.seed + 1))
         self.readers = readers(self.config.clips)
         self.frames_per_second = self.shown.shape[0] * self.shown.shape[1] / (time.perf_counter() - began)
+
+
+def check_shares(config: TrainConfig, share: tuple[int, int]) -> None:
+    """Raises ValueError where the processes of a cluster cannot share the batches evenly."""
+    for batch in (config.clips.batch, config.clips.image_batch):
+        rows_of(batch, share)
 
 
 def check_config(path: Path, settings: dict[str, Any]) -> None:
