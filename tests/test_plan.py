@@ -240,7 +240,7 @@ def test_on_a_cpu_half_of_the_memory_or_of_a_lower_limit_may_be_used(monkeypatch
 
 def test_on_other_devices_a_share_of_what_jax_may_allocate(monkeypatch):
     device = SimpleNamespace(platform="gpu", device_kind="A card", memory_stats=lambda: {"bytes_limit": 10 * GIB})
-    monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
     assert plan.available_bytes() == 9 * GIB
     device.memory_stats = lambda: None
     with pytest.raises(ValueError, match="A card does not tell its memory"):

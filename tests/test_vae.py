@@ -261,8 +261,8 @@ REFUSED = {
     "moments for latents": (lambda vae: vae.decode(zeros(1, 2, 2, 2, 6)), r"width, 3\), .*got \(1, 2, 2, 2, 6\)"),
     "integer latents": (lambda vae: vae.decode(zeros(1, 2, 2, 2, 3, dtype="int32")), "expected floating point"),
     "another network's carry": (
-        lambda vae: vae.encode_chunk(zeros(1, 4, 8, 8, 3), (((),) * 5, ())),
-        "a carry of 5 entries cannot go through 4 layers",
+        lambda vae: vae.encode_chunk(zeros(1, 4, 8, 8, 3), ((),) * 4),
+        "a carry of 4 entries cannot go through 5 layers",
     ),
 }
 
