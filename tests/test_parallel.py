@@ -1,5 +1,6 @@
 """Clips on meshes of eight devices: the results, losses and gradients of one device, and what the devices exchange."""
 
+import functools
 import math
 from dataclasses import replace
 
@@ -125,14 +126,12 @@ def test_what_a_mesh_cannot_divide_is_refused_before_anything_is_computed(vae, c
         trainer("time=2", model=replace(MODEL, encoder_block_dropout=(0.1, 0.0, 0.0, 0.0)))
     with pytest.raises(ValueError, match="2 clips over data=8"):
         trainer("data=8")
+    for lpips, kind in ((True, "none"), (False, "frames")):
+        with pytest.raises(ValueError, match="height or width among 2: expected a multiple of 32, from 64 on"):
+            trainer("width=2", lpips=lpips, kind=kind)
 
 
-@pytest.fixture(scope="module")
-def little_clip(noise):
-    return np.asarray(noise((2, 9, 8, 8, 3)))
-
-
-def trainer(text=None, model=MODEL, fsdp=False, kind="none", regularizer="none", lpips=False):
+def trainer(text=None, model=MODEL, size=32, batch=2, fsdp=False, kind="none", regularizer="none", lpips=False):
     """Gives a trainer that computes in float64, of models with random weights, on a mesh or on one device."""
     from conftest import randomize
 
@@ -142,6 +141,7 @@ def trainer(text=None, model=MODEL, fsdp=False, kind="none", regularizer="none",
     distance = randomize(lambda rngs: LPIPS((4,) * 5, rngs=rngs)) if lpips else None
     config = replace(
         TRAINING,
+        clips=replace(TRAINING.clips, size=size, batch=batch),
         gan=GanConfig(kind, regularizer=regularizer),
         loss=LossConfig(lpips=float(lpips), lpips_frames=3),
     )
@@ -170,46 +170,64 @@ def check_equal(found, expected):
         assert np.abs(a - b).max() <= TOLERANCE * (scale if scale > 1e-9 * largest else largest)
 
 
-EVERYTHING = {"kind": "frames", "regularizer": "r1", "lpips": True}
-CAUSAL = {"kind": "causal", "regularizer": "lecam"}
+LITTLE = {"model": CONFIG, "size": 8}
+JUDGED = {"model": CONFIG, "size": 64, "kind": "frames", "regularizer": "r1", "lpips": True}
+JUDGED_BY_CLIP = {"model": CONFIG, "size": 64, "kind": "causal", "regularizer": "lecam"}
+
+
+@pytest.fixture(scope="module")
+def expected(noise):
+    """Gives a function of a trainer's settings: a clip, and what a step on it gives on one device."""
+    clips = {8: noise((2, 9, 8, 8, 3)), 32: noise((2, 17, 32, 32, 3)), 64: noise((2, 9, 64, 64, 3))}
+
+    @functools.cache
+    def step(settings):
+        clip = np.asarray(clips[dict(settings).get("size", 32)])
+        return clip, stepped(trainer(**dict(settings)), clip)
+
+    return lambda settings: step(tuple(settings.items()))
 
 
 @pytest.mark.parametrize(
     ("text", "settings"),
     [
-        ("time=2,height=2", {"model": CONFIG}),
-        *(pytest.param(text, EVERYTHING, marks=slow) for text in MESHES),
-        *(pytest.param(text, CAUSAL, marks=slow) for text in ("time=2", MIXED)),
-        pytest.param("data=2", {"fsdp": True}, marks=slow),
+        ("time=2,height=2", LITTLE),
+        *(pytest.param(text, JUDGED, marks=slow) for text in MESHES),
+        *(pytest.param(text, JUDGED_BY_CLIP, marks=slow) for text in ("time=2", MIXED)),
+        pytest.param(MIXED, {}, marks=slow),
     ],
 )
-def test_losses_and_all_gradients_on_a_mesh_are_those_of_one_device(clip, little_clip, text, settings):
-    clip = little_clip if "model" in settings else clip
-    alone = trainer(**{name: value for name, value in settings.items() if name != "fsdp"})
-    check_equal(stepped(trainer(text, **settings), np.asarray(clip)), stepped(alone, np.asarray(clip)))
+def test_losses_and_all_gradients_on_a_mesh_are_those_of_one_device(expected, text, settings):
+    clip, alone = expected(settings)
+    check_equal(stepped(trainer(text, **settings), clip), alone)
 
 
-def test_a_halo_without_its_gradient_would_be_noticed(little_clip, monkeypatch):
+@slow
+def test_weights_divided_among_devices_give_the_same_losses_and_gradients(expected):
+    clip, alone = expected({})
+    check_equal(stepped(trainer("data=2", fsdp=True), clip), alone)
+
+
+def test_a_halo_without_its_gradient_would_be_noticed(expected, monkeypatch):
     """The mistake that parallel convolutions by hand have made: the neighbour is told nothing of its frames."""
+    clip, (_, gradients) = expected(LITTLE)
     right = FromNeighbour._sent
     monkeypatch.setattr(FromNeighbour, "_sent", lambda self, *args: lax.stop_gradient(right(self, *args)))
-    _, gradients = stepped(trainer("time=2", CONFIG), little_clip)
-    monkeypatch.undo()
-    _, expected = stepped(trainer(model=CONFIG), little_clip)
-    errors = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(gradients, expected, strict=True) if b.any()]
+    _, wrong = stepped(trainer("time=2", **LITTLE), clip)
+    errors = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(wrong, gradients, strict=True) if b.any()]
     assert max(errors) > 0.01
 
 
 @slow
 def test_a_run_goes_on_with_half_the_devices_and_half_of_those(tmp_path):
     clips = np.asarray(to_uint8(np.random.default_rng(0).uniform(-1, 1, (3, 8, 1, 32, 32, 3))))
-    alone = trainer()
+    alone = trainer(batch=8)
     state, losses = alone.start(), []
     for frames in clips:
         state, metrics = alone.step(state, frames, with_gan=False)
         losses.append(float(metrics["total"]))
     for devices, frames, expected in zip((8, 4, 2), clips, losses, strict=True):
-        training = trainer(f"data={devices}", fsdp=True)
+        training = trainer(f"data={devices}", batch=8, fsdp=True)
         state = training.start()
         checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
         if checkpoints.newest() is not None:

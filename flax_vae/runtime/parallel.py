@@ -118,7 +118,7 @@ def step_on_mesh(module: nnx.Module, step: Step, x: Any, carry: Any, mesh: Mesh)
         else:
             carry = jax.tree.map(lambda leaf: copies(leaf, mesh), carry)
             result, after = over_time(module, step, x, carry, mesh)
-            after = jax.tree.map(partial(one_copy, 0, mesh), after)
+            after = jax.tree.map(lambda leaf: one_copy(0, leaf, mesh), after)
     return result, lax.with_sharding_constraint(after, placed(mesh, clip_spec(False)))
 
 
@@ -160,7 +160,7 @@ def in_parts(module: nnx.Module, step: Step, parts: Parts, mesh: Mesh | None, ch
     if mesh is None or mesh.shape["time"] == 1:
         return (step(module, parts[0], None)[0],)
     result, carry = step(module, copies(parts[0], mesh), None)
-    first = jax.tree.map(partial(one_copy, 0, mesh), result)
+    first = jax.tree.map(lambda leaf: one_copy(0, leaf, mesh), result)
     return (first, *(over_time(module, step, rest, carry, mesh)[0] for rest in parts[1:]))
 
 
@@ -171,17 +171,27 @@ def over_time(module: nnx.Module, step: Step, x: Any, carry: Any, mesh: Mesh) ->
     device has a copy, before and after.
     """
     devices = mesh.shape["time"]
+    carry = jax.tree.map(lambda leaf: FromNeighbour(leaf, devices), carry)
+    result, after = step(module, own_frames(x, mesh), carry)
+    after = jax.tree.map(lambda leaf: copies(one_copy(devices - 1, leaf, mesh), mesh), after)
+    return jax.tree.map(lambda leaf: joined_again(leaf, mesh), result), after
 
-    def joined_again(x):
-        x = jnp.moveaxis(x.reshape(devices, -1, *x.shape[1:]), 0, 1)
-        x = x.reshape(x.shape[0], devices * x.shape[2], *x.shape[3:])
-        return lax.with_sharding_constraint(x, placed(mesh, clip_spec(True)))
 
-    own = jnp.moveaxis(x.reshape(x.shape[0], devices, -1, *x.shape[2:]), 1, 0)
-    own = lax.with_sharding_constraint(own.reshape(-1, *own.shape[2:]), placed(mesh, CUT))
-    result, after = step(module, own, jax.tree.map(lambda leaf: FromNeighbour(leaf, devices), carry))
-    after = jax.tree.map(lambda leaf: copies(one_copy(devices - 1, mesh, leaf), mesh), after)
-    return jax.tree.map(joined_again, result), after
+def own_frames(x: Any, mesh: Mesh) -> Any:
+    """Makes what each device of `time` has of (B, T, ...) a clip of its own: (devices * B, T / devices, ...)."""
+    x = jnp.moveaxis(x.reshape(x.shape[0], mesh.shape["time"], -1, *x.shape[2:]), 1, 0)
+    return on_mesh(x.reshape(-1, *x.shape[2:]), mesh, CUT)
+
+
+def joined_again(x: Any, mesh: Mesh) -> Any:
+    """Undoes `own_frames`."""
+    x = jnp.moveaxis(x.reshape(mesh.shape["time"], -1, *x.shape[1:]), 0, 1)
+    return on_mesh(x.reshape(x.shape[0], -1, *x.shape[3:]), mesh, clip_spec(True))
+
+
+def on_mesh(x: Any, mesh: Mesh, spec: Spec) -> Any:
+    """Places (B, T, ...), of as many axes as there are, within a compiled program."""
+    return lax.with_sharding_constraint(x, placed(mesh, Spec(*spec[: x.ndim])))
 
 
 def copies(x: Any, mesh: Mesh) -> Any:
@@ -191,35 +201,33 @@ def copies(x: Any, mesh: Mesh) -> Any:
     height or width are divided too.
     """
     x = jnp.broadcast_to(x, (mesh.shape["time"], *x.shape))
-    return lax.with_sharding_constraint(x.reshape(-1, *x.shape[2:]), placed(mesh, CUT))
+    return on_mesh(x.reshape(-1, *x.shape[2:]), mesh, CUT)
 
 
-def one_copy(place: int, mesh: Mesh, x: Any) -> Any:
+def one_copy(place: int, x: Any, mesh: Mesh) -> Any:
     """Gives all devices of `time` what the one at a place has of (devices * B, T, H, W, C)."""
     devices = mesh.shape["time"]
     x = x.reshape(devices, -1, *x.shape[1:])
     is_there = (jnp.arange(devices) == place).reshape(-1, *(1,) * (x.ndim - 1))
     x = jnp.where(is_there, x, jnp.zeros_like(x)).sum(axis=0)  # not x[place], for which XLA would gather all of x
-    return lax.with_sharding_constraint(x, placed(mesh, clip_spec(False)))
+    return on_mesh(x, mesh, clip_spec(False))
 
 
-def divided_over(mesh: Mesh, axes: set[str], inputs: Any, outputs: Any) -> Callable:
-    """Gives a decorator for what each device of these axes computes by itself; XLA divides it over the others."""
-    # Without the check, as the gradients of convolutions do not say over which axes they vary.
-    return partial(jax.shard_map, mesh=mesh, axis_names=axes, in_specs=inputs, out_specs=outputs, check_vma=False)
+def of_frames(function: Callable[..., jax.Array], *clips: jax.Array, mesh: Mesh | None, part: int) -> jax.Array:
+    """Gives `function(*clips)`, of shape (B, T), of what judges each frame by itself, whatever clip it is of.
 
-
-def of_frames(function: Callable[..., jax.Array], weights: Any, *clips: jax.Array, mesh: Mesh | None, part: int) -> Any:
-    """Gives `function(weights, *clips)`, of shape (B, T), each device computing it of the frames that it has.
-
-    The clips are the parts of one number, 0 or 1, of clips on the mesh.
+    The clips are the parts of one number, 0 or 1, of clips on the mesh. The function gets all frames that a device has
+    as one clip: (devices, frames of each, H, W, C).
     """
     if mesh is None:
-        return function(weights, *clips)
-    divided = Spec("data", "time") if part else Spec("data")
-    axes = {"data", "time"} if part else {"data"}
-    places = (Spec(), *(divided for _ in clips))
-    return divided_over(mesh, axes, places, divided)(function)(weights, *clips)
+        b, t = clips[0].shape[:2]
+        return function(*(x.reshape(1, b * t, *x.shape[2:]) for x in clips)).reshape(b, t)
+    own, whole = (own_frames, joined_again) if part else (copies, partial(one_copy, 0))
+    clips = tuple(own(x, mesh) for x in clips)
+    devices = mesh.shape["time"] * mesh.shape["data"]
+    by_device = (x.reshape(devices, -1, *x.shape[2:]) for x in clips)
+    result = function(*(on_mesh(x, mesh, CUT) for x in by_device))
+    return whole(result.reshape(clips[0].shape[:2]), mesh)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))

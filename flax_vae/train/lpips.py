@@ -63,7 +63,7 @@ class LPIPS(nnx.Module):
     def __call__(self, video: Clip, target: Clip, chunk: int | None = None) -> Float[Array, "b t"]:
         """Gives the distance of each frame of (B, T, H, W, 3), H and W at least 16, to that of the target.
 
-        With `chunk`, so many frames are computed at a time, and the gradient computes them a second time.
+        With `chunk`, so many frames of each clip are computed at a time, and the gradient computes them a second time.
         """
         if video.shape != target.shape or video.shape[-1] != 3 or min(video.shape[2:4]) < SMALLEST:
             raise ValueError(
@@ -75,11 +75,17 @@ class LPIPS(nnx.Module):
         structure, state = nnx.split(self)
 
         @jax.checkpoint
-        def of_frame(pair):
-            return nnx.merge(structure, state).distance(*(x[None, None] for x in pair))[0, 0]
+        def distance(pair):
+            return nnx.merge(structure, state).distance(*pair)
 
-        frames = [x.reshape(-1, *x.shape[2:]) for x in (video, target)]
-        return jax.lax.map(of_frame, frames, batch_size=chunk).reshape(video.shape[:2])
+        b, t, *size = video.shape
+        if t <= chunk:
+            return distance((video, target))
+        steps = t // chunk
+        pair = [x[:, : steps * chunk].reshape(b, steps, chunk, *size).swapaxes(0, 1) for x in (video, target)]
+        result = jax.lax.map(distance, pair).swapaxes(0, 1).reshape(b, steps * chunk)
+        rest = [x[:, steps * chunk :] for x in (video, target)]
+        return jnp.concatenate([result, distance(rest)], axis=1) if t % chunk else result
 
     def distance(self, video: Clip, target: Clip) -> Float[Array, "b t"]:
         """Gives the distance of each frame, all frames at a time."""

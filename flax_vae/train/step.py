@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,6 +33,10 @@ Frames = UInt8[ArrayLike, "b t h w 3"] | Float[ArrayLike, "b t h w 3"]
 Metrics = dict[str, Float[Array, ""]]
 DISCRIMINATORS = {"frames": PatchDiscriminator, "causal": CausalPatchDiscriminator}
 LECAM_DECAY = 0.99
+LAST_STRIDE = 16  # of LPIPS, after four halvings; the discriminators' is less
+# On fewer pixels their last kernels are larger than what they see. XLA (of jax 0.10) then divides the sum over a kernel
+# among devices, and where another axis of the mesh has copies of a frame, it adds up the copies.
+SMALLEST_DIVIDED = 64
 
 
 @jax.tree_util.register_dataclass
@@ -197,11 +202,9 @@ class Trainer:
     def _distances(self, lpips, again, video):
         """Gives the LPIPS of each frame, in parts."""
 
-        def distances(lpips, again, video):
-            return nnx.merge(self._lpips, lpips)(again, video, self.config.loss.lpips_frames)
-
+        distances = partial(nnx.merge(self._lpips, lpips), chunk=self.config.loss.lpips_frames)
         pairs = enumerate(zip(again, video, strict=True))
-        return tuple(of_frames(distances, lpips, *pair, mesh=self.mesh, part=part) for part, pair in pairs)
+        return tuple(of_frames(distances, *pair, mesh=self.mesh, part=part) for part, pair in pairs)
 
     def _gan_loss(self, state, again, gradient, pull):
         """Gives the weight of the GAN's loss, that loss, and its gradient by the reconstruction."""
@@ -292,6 +295,14 @@ def check_mesh(mesh: Mesh, config: TrainConfig, model: VAEConfig) -> None:
         check_clip(model, mesh, (clips.batch, clips.frames, *size), config.chunk)
     if clips.images > 0:
         check_sizes(mesh.shape, model, clips.image_batch, 1, *size)
+    devices = math.lcm(mesh.shape["height"], mesh.shape["width"])
+    is_judged = config.loss.lpips > 0 or config.gan.kind != "none"
+    if devices > 1 and is_judged and (clips.size < SMALLEST_DIVIDED or clips.size % (LAST_STRIDE * devices)):
+        raise ValueError(
+            f"LPIPS and the discriminators see {LAST_STRIDE} pixels as one, clips.size={clips.size}, and the mesh "
+            f"divides height or width among {devices}: expected a multiple of {LAST_STRIDE * devices}, "
+            f"from {SMALLEST_DIVIDED} on"
+        )
     if mesh.shape["time"] > 1 and any([*model.encoder_block_dropout, *model.decoder_block_dropout]):
         raise ValueError("dropout draws of a clip as a whole: take time=1, or a model without dropout")
 
