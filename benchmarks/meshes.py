@@ -27,7 +27,7 @@ MESHES = [
     "data=2,time=2,height=2",
     "time=2,height=2,width=2",
 ]
-BATCH, FRAMES, SIZE = 2, 33, 32
+BATCH, FRAMES, SIZE = 2, 33, 64
 FAST = {"xla_backend_optimization_level": 0}
 
 

@@ -16,6 +16,7 @@ from flax_vae import CausalVideoVAE, to_uint8
 from flax_vae.layers.neighbour import FromNeighbour
 from flax_vae.models.config import narrow
 from flax_vae.runtime import parallel, stream
+from flax_vae.runtime.hlo import program
 from flax_vae.runtime.mesh import make_mesh, parse_mesh
 from flax_vae.train.checkpoints import Checkpoints
 from flax_vae.train.config import ClipConfig, GanConfig, LossConfig, OptimizerConfig, TrainConfig
@@ -126,6 +127,8 @@ def test_what_a_mesh_cannot_divide_is_refused_before_anything_is_computed(vae, c
         trainer("time=2", model=replace(MODEL, encoder_block_dropout=(0.1, 0.0, 0.0, 0.0)))
     with pytest.raises(ValueError, match="2 clips over data=8"):
         trainer("data=8")
+    with pytest.raises(ValueError, match="give a mesh too"):
+        trainer(fsdp=True)
     for lpips, kind in ((True, "none"), (False, "frames")):
         with pytest.raises(ValueError, match="height or width among 2: expected a multiple of 32, from 64 on"):
             trainer("width=2", lpips=lpips, kind=kind)
@@ -206,6 +209,18 @@ def test_losses_and_all_gradients_on_a_mesh_are_those_of_one_device(expected, te
 def test_weights_divided_among_devices_give_the_same_losses_and_gradients(expected):
     clip, alone = expected({})
     check_equal(stepped(trainer("data=2", fsdp=True), clip), alone)
+
+
+@slow
+def test_devices_exchange_borders_and_sums_and_no_clips(expected):
+    """But for the middle block's attention, whose queries need the keys and values of all pixels of their frame."""
+    training = trainer(MIXED, **JUDGED)
+    found = program(training.lower((2, 9, 64, 64), with_gan=True).compile().as_text()).exchanges
+    assert {each.kind for each in found} <= {"collective-permute", "all-reduce", "all-gather"}
+    assert {each.kind for each in found} >= {"collective-permute", "all-reduce"}
+    pixels = 32 * 32  # of a frame of latents
+    gathered = {dims for each in found if each.kind == "all-gather" for _, dims in each.arrays if math.prod(dims) > 64}
+    assert all(len(dims) == 4 and dims[2] == pixels for dims in gathered), gathered
 
 
 def test_a_halo_without_its_gradient_would_be_noticed(expected, monkeypatch):

@@ -37,7 +37,8 @@ def thread(layers: Iterable, x: Clip, carry=None, remat: bool = False, frame_by_
         if frame_by_frame:
             x, entries = cascade(step, x, entries)
         else:
-            x, entry = run(*step, x, *entries)
+            (layer,), (entry,) = step, entries
+            x, entry = run(layer, x, entry)
             entries = (entry,)
         after += entries
     return x, after

@@ -73,6 +73,8 @@ class Trainer:
         mesh: Mesh | None = None,
         fsdp: bool = False,
     ):
+        if fsdp and mesh is None:
+            raise ValueError("fsdp shares the weights among the devices of data: give a mesh too, as data=8")
         self.config, self.mesh = config, mesh
         self.dtype = jnp.dtype(config.precision)
         self.wide = np.promote_types(self.dtype, np.float32)  # of losses and of their gradients by the reconstruction
