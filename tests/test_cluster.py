@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 from flax import nnx
 from little import ONE_BLOCK
+from patience import PATIENCE
 
 from flax_vae import CausalVideoVAE
+from flax_vae.cli.train import Stop
 from flax_vae.io.latents import Latents
 from flax_vae.io.manifest import read_entries
 from flax_vae.runtime.cluster import GONE, Cluster, check
@@ -33,7 +35,6 @@ ROOT = Path(__file__).parents[1]
 QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # compiles in less time
 LOSSES = ("total", "mse", "l1")
 SPEED = ("seconds", "frames_per_second", "waited")
-PATIENCE = 240  # seconds after which a process is not waited for any longer
 
 
 @pytest.fixture(scope="module")
@@ -186,12 +187,26 @@ def test_what_processes_read_is_the_batch_of_one(clips, parts):
         np.testing.assert_array_equal(np.concatenate(share), whole)
 
 
+def test_a_signal_that_comes_while_processes_agree_counts_after_the_next_step(monkeypatch):
+    stop = Stop()
+
+    def agree_meanwhile(number):
+        stop.ask(signal.SIGTERM, None)
+        return number
+
+    with monkeypatch.context() as patch:
+        patch.setattr("flax_vae.cli.train.anywhere", agree_meanwhile)
+        assert not stop.is_asked_for()
+    assert stop.is_asked_for()
+    assert stop.signal == signal.SIGTERM
+
+
 def test_processes_that_wait_in_vain_say_so(hosts, vae, clips):
     words = "extract", clips, hosts.folder / "out", "--weights", vae
     where = "--processes", 2, "--wait", 3, "--coordinator"
     alone = [hosts.start(*words, *where, f"127.0.0.1:{free_port()}", "--process", number) for number in (0, 1)]
     for host in alone:
-        assert host.ended(60) == 2
+        assert host.ended() == 2
         assert "did not all start within 3 s" in host.said.read_text()
 
 
@@ -288,7 +303,7 @@ def test_sigterm_at_one_process_saves_and_ends_all_at_the_same_step(hosts, vae, 
     pair = hosts.cluster(*training(vae, clips, hosts.folder / "run", 100_000))
     wait_for_steps(hosts.folder / "run", 3, pair)
     pair[asked].process.terminate()
-    said = [(host.ended(60), host.said.read_text()) for host in pair]
+    said = [(host.ended(), host.said.read_text()) for host in pair]
     assert [code for code, _ in said] == [0, 0], said
     done = len(metrics(hosts.folder / "run"))
     assert averaged(hosts.folder / "run")[1] == done
@@ -299,7 +314,7 @@ def test_sigterm_at_one_process_saves_and_ends_all_at_the_same_step(hosts, vae, 
 @pytest.mark.slow
 def test_a_batch_that_processes_cannot_share_is_an_error_in_all(hosts, vae, clips):
     for host in hosts.cluster(*training(vae, clips, hosts.folder / "run", 4, "--clips.batch", 3)):
-        assert host.ended(60) == 2
+        assert host.ended() == 2
         assert "2 processes cannot share 3 clips" in host.said.read_text()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from patience import PATIENCE
 
 from flax_vae.io.job import PROGRESS, Job, check_begun, folder_of
 
@@ -198,7 +199,7 @@ def occupy(target, is_taken, may_end):
     with Job(target, SETTINGS, True) as job:
         job.piece(".txt").write_text("mine")
         is_taken.set()
-        may_end.wait(60)
+        may_end.wait(PATIENCE)
 
 
 @pytest.fixture
@@ -208,10 +209,10 @@ def occupied(tmp_path):
     is_taken, may_end = spawn.Event(), spawn.Event()
     process = spawn.Process(target=occupy, args=(tmp_path / "target", is_taken, may_end))
     process.start()
-    assert is_taken.wait(60)
+    assert is_taken.wait(PATIENCE)
     yield tmp_path / "target"
     may_end.set()
-    process.join(60)
+    process.join(PATIENCE)
 
 
 def test_a_second_process_is_refused_and_disturbs_nothing(occupied):

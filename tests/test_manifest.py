@@ -4,6 +4,7 @@ import json
 import multiprocessing
 
 import pytest
+from patience import PATIENCE
 
 from flax_vae.io.manifest import Log, read_entries, read_log, read_settings, write_lines
 
@@ -139,7 +140,7 @@ def test_no_log_has_no_lines(tmp_path):
 def occupy(path, is_taken, may_end):
     with Log(path, SETTINGS):
         is_taken.set()
-        may_end.wait(60)
+        may_end.wait(PATIENCE)
 
 
 def test_a_log_has_one_writer_and_any_readers(tmp_path):
@@ -147,12 +148,12 @@ def test_a_log_has_one_writer_and_any_readers(tmp_path):
     is_taken, may_end = spawn.Event(), spawn.Event()
     process = spawn.Process(target=occupy, args=(tmp_path / "log.jsonl", is_taken, may_end))
     process.start()
-    assert is_taken.wait(60)
+    assert is_taken.wait(PATIENCE)
     with pytest.raises(ValueError, match="another process is writing it"), Log(tmp_path / "log.jsonl", SETTINGS):
         pass
     assert json.loads(json.dumps(SETTINGS)) == read_settings(tmp_path / "log.jsonl")
     may_end.set()
-    process.join(60)
+    process.join(PATIENCE)
     with Log(tmp_path / "log.jsonl", SETTINGS):
         pass
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from little import ONE_BLOCK
+from patience import PATIENCE
 from safetensors.numpy import save_file
 
 from flax_vae import CausalVideoVAE
@@ -304,7 +305,7 @@ def command(config: TrainConfig, data: Path, out: Path, *more: str) -> list[str]
 def begun(words: list[str], out: Path, steps: int, **kwargs) -> subprocess.Popen:
     """Starts a training process and waits until it has done some steps."""
     process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True, **kwargs)
-    metrics, patience = out / "metrics.jsonl", time.monotonic() + 120
+    metrics, patience = out / "metrics.jsonl", time.monotonic() + PATIENCE
     while not metrics.exists() or metrics.read_bytes().count(b"\n") < steps:
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < patience
@@ -312,13 +313,19 @@ def begun(words: list[str], out: Path, steps: int, **kwargs) -> subprocess.Popen
     return process
 
 
+def stopped(process: subprocess.Popen) -> str:
+    """Sends SIGTERM, waits until the process ends as it should, and gives what it said."""
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=PATIENCE)[1]
+    assert process.returncode == 0, said
+    return said
+
+
 @pytest.mark.slow
 def test_sigterm_saves_and_ends_well(config, data, tmp_path):
     config = replace(config, steps=100_000)
     process = begun(command(config, data, tmp_path / "run"), tmp_path / "run", 3)
-    process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=60)[1]
-    assert process.returncode == 0, said
+    said = stopped(process)
     assert "saved; the same command goes on" in said
     done = len(lines(tmp_path / "run"))
     assert averaged(tmp_path / "run")[1] == done
@@ -344,15 +351,13 @@ def test_kill_9_at_any_moment_changes_nothing(config, data, tmp_path):
 def test_a_disk_that_fills_during_a_save_leaves_the_checkpoints_before(config, data, tmp_path):
     out = tmp_path / "run"
     words = command(replace(config, steps=100_000), data, out)
-    process = begun(words, out, 2)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    stopped(begun(words, out, 2))
     before, metrics = averaged(out)[1], lines(out)
     limited = ["bash", "-c", 'ulimit -f 64; exec "$@"', "-", *words]  # no file larger than 64 KiB
     env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
-    stopped = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True, env=env)
-    assert stopped.returncode == 2, stopped.stderr
-    assert "Traceback" not in stopped.stderr
-    assert "a checkpoint could not be written; those before it are whole" in stopped.stderr.splitlines()[-1]
+    failed = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True, env=env)
+    assert failed.returncode == 2, failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert "a checkpoint could not be written; those before it are whole" in failed.stderr.splitlines()[-1]
     assert averaged(out)[1] == before
     assert lines(out)[:before] == metrics

@@ -156,8 +156,10 @@ class Stop:
 
     def is_asked_for(self) -> bool:
         """Tells whether any process of the cluster was asked to; all of them must call it after the same step."""
-        self.signal = anywhere(self.signal or 0) or None
-        return self.signal is not None
+        agreed = anywhere(self.signal or 0)
+        if agreed:  # else a signal that has come while the others were waited for stays, for after the next step
+            self.signal = agreed
+        return agreed != 0
 
     def ask(self, number: int, _frame: Any) -> None:
         """Notes the signal, for after the step; a second one interrupts."""
