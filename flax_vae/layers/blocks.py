@@ -5,6 +5,7 @@ B batch, T frames, H W pixels, C channels.
 
 from collections.abc import Iterable
 
+import jax
 from flax import nnx
 
 from flax_vae.layers.attention import Attention
@@ -18,9 +19,9 @@ from flax_vae.layers.resnet import CausalResnetBlock
 def thread(layers: Iterable, x: Clip, carry=None, remat: bool = False, frame_by_frame: bool = False):
     """Runs `x` through layers that see time; the carry is one entry a layer, or None at the start of a stream.
 
-    With `remat` a gradient keeps only what passes between the layers, and computes each of them a second time. With
-    `frame_by_frame` a frame goes through as many layers as can take one, before the next does: all of them take the
-    memory of one frame. A layer that halves time takes two, and waits for those of the whole chunk.
+    With `remat` a gradient keeps only what passes between the layers, also those of blocks, and computes each of them
+    a second time. With `frame_by_frame` a frame goes through as many layers as can take one, before the next does: all
+    of them take the memory of one frame. A layer that halves time takes two, and waits for those of the whole chunk.
     Returns the output and the new carry. Raises ValueError when the carry has another number of entries.
     """
     layers = list(layers)
@@ -29,7 +30,6 @@ def thread(layers: Iterable, x: Clip, carry=None, remat: bool = False, frame_by_
         raise ValueError(
             f"a carry of {len(before)} entries cannot go through {len(layers)} layers: use the carry of the same model"
         )
-    run = nnx.remat(call, graph_updates=False) if remat else call
     steps = cascades(layers) if frame_by_frame else [(layer,) for layer in layers]
     after: tuple = ()
     for step in steps:
@@ -38,15 +38,34 @@ def thread(layers: Iterable, x: Clip, carry=None, remat: bool = False, frame_by_
             x, entries = cascade(step, x, entries)
         else:
             (layer,), (entry,) = step, entries
-            x, entry = run(layer, x, entry)
+            if remat:
+                x, entry = layer(x, entry, remat) if isinstance(layer, Chain) else call_again(layer, x, entry)
+            else:
+                x, entry = layer(x, entry)
             entries = (entry,)
         after += entries
     return x, after
 
 
-def call(layer, x: Clip, carry):
-    """Runs one layer, as a function of the layer, whose parameters and random state a transformation is to see."""
-    return layer(x, carry)
+def call_again(layer, x: Clip, carry):
+    """Runs one layer, of which a gradient keeps only the inputs, and computes the inside a second time.
+
+    The gradients of its kernels then come before those of any layer before it: else XLA puts them off, and keeps for
+    them all that was computed again.
+    """
+    structure, parameters, state = nnx.split(layer, nnx.Param, ...)
+    parameters, x, carry = at_once((parameters, x, carry))
+    layer = nnx.merge(structure, parameters, state)  # the random state is that of the layer given
+    return nnx.remat(lambda layer, *args: layer(*args), graph_updates=False)(layer, x, carry)
+
+
+@jax.custom_vjp
+def at_once(tree):
+    """Gives a tree as it is; none of its gradients is passed on before all of them are computed."""
+    return tree
+
+
+at_once.defvjp(lambda tree: (tree, None), lambda _, gradients: (jax.lax.optimization_barrier(gradients),))
 
 
 def cascades(layers: Iterable) -> list[tuple]:
@@ -98,7 +117,19 @@ def resnet_chain(channels: int, out_channels: int, num_layers: int, *args, rngs:
     return nnx.List([CausalResnetBlock(width, out_channels, *args, rngs=rngs) for width in widths])
 
 
-class DownBlock(nnx.Module):
+class Chain(nnx.Module):
+    """A block of nothing but layers that see time, one after the other."""
+
+    def layers(self) -> list[nnx.Module]:
+        """Lists them in the order in which they run."""
+        raise NotImplementedError
+
+    def __call__(self, x: Clip, carry=None, remat: bool = False):
+        """Maps (B, T, H, W, in) to (B, T', H', W', out); returns it and the carry."""
+        return thread(self.layers(), x, carry, remat)
+
+
+class DownBlock(Chain):
     """Residual blocks, then half the height and width, then half the frames, where asked for."""
 
     def __init__(
@@ -123,9 +154,9 @@ class DownBlock(nnx.Module):
         )
         self.frames_a_step = 2 ** len(self.temporal_downsamplers)
 
-    def __call__(self, x: Clip, carry=None):
-        """Maps (B, T, H, W, in) to (B, T', H', W', out); returns it and the carry."""
-        return thread([*self.resnets, *self.downsamplers, *self.temporal_downsamplers], x, carry)
+    def layers(self):
+        """Lists them in the order in which they run."""
+        return [*self.resnets, *self.downsamplers, *self.temporal_downsamplers]
 
 
 class MidBlock(nnx.Module):
@@ -151,7 +182,7 @@ class MidBlock(nnx.Module):
         return x, (first, second)
 
 
-class UpBlock(nnx.Module):
+class UpBlock(Chain):
     """Residual blocks, then twice the height and width, then twice the frames, where asked for."""
 
     def __init__(
@@ -173,6 +204,6 @@ class UpBlock(nnx.Module):
         self.upsamplers = nnx.List([SpatialUpsample(out_channels, rngs=rngs)] if spatial_upsample else [])
         self.temporal_upsamplers = nnx.List([TemporalUpsample(out_channels, rngs=rngs)] if temporal_upsample else [])
 
-    def __call__(self, x: Clip, carry=None):
-        """Maps (B, T, H, W, in) to (B, T', H', W', out); returns it and the carry."""
-        return thread([*self.resnets, *self.upsamplers, *self.temporal_upsamplers], x, carry)
+    def layers(self):
+        """Lists them in the order in which they run."""
+        return [*self.resnets, *self.upsamplers, *self.temporal_upsamplers]

@@ -17,8 +17,8 @@ Step = Callable[[Any, Clip, Any], tuple[Any, Any]]  # (module or several, chunk,
 def in_chunks(module: nnx.Module | tuple, step: Step, x: Clip, size: int, carry: Any = None) -> tuple[Any, Any]:
     """Gives what `step(module, x, carry)` gives of the whole (B, T, H, W, C), computed `size` frames at a time.
 
-    The first chunk takes the 1 + (T - 1) % size frames that are left over, the others are one `lax.scan`. Between
-    chunks only the carry is kept, in the gradient too: there every chunk is computed a second time. Compiled as one
+    The first chunk takes the 1 + (T - 1) % size frames that are left over, the others are one `lax.scan`; with a carry
+    it takes T % size, or there is none. Between chunks only the carry is kept, in the gradient too: there every chunk is computed a second time. Compiled as one
     program, once a shape; random state of the module, such as dropout's, moves on with every chunk.
     """
     structure, parameters, state = nnx.split(module, nnx.Param, ...)
@@ -35,21 +35,24 @@ def _run(structure, step, size, parameters, state, x, carry):
         result, carry = step(module, chunk, carry)
         return (nnx.state(module, nnx.Not(nnx.Param)), carry), result
 
-    later = (x.shape[1] - 1) // size
+    later = (x.shape[1] - (carry is None)) // size  # at the start of a stream the first chunk is not like the others
     first, rest = jnp.split(x, [x.shape[1] - later * size], axis=1)
-    after, result = jax.checkpoint(advance)((state, carry), first)
+    after, results = (state, carry), []
+    if first.shape[1] or not later:
+        after, result = jax.checkpoint(advance)(after, first)
+        results.append(result)
     if later:
         chunks = jnp.moveaxis(rest.reshape(rest.shape[0], later, size, *rest.shape[2:]), 1, 0)
         # inside a loop nothing can be merged with the first computation, so nothing needs to be kept apart from it
-        after, results = jax.lax.scan(jax.checkpoint(advance, prevent_cse=False), after, chunks)
-        result = jax.tree.map(_join, result, results)
-    return result, *after
+        after, result = jax.lax.scan(jax.checkpoint(advance, prevent_cse=False), after, chunks)
+        results.append(jax.tree.map(_in_time, result))
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *results), *after
 
 
-def _join(first, rest):
-    """Puts (chunks, B, T, ...) behind (B, T, ...), in time."""
-    rest = jnp.moveaxis(rest, 0, 1)
-    return jnp.concatenate([first, rest.reshape(rest.shape[0], -1, *rest.shape[3:])], axis=1)
+def _in_time(chunks):
+    """Makes (chunks, B, T, ...) one clip (B, chunks * T, ...)."""
+    chunks = jnp.moveaxis(chunks, 0, 1)
+    return chunks.reshape(chunks.shape[0], -1, *chunks.shape[3:])
 
 
 def checked_chunk(size: int, factor: int) -> int:
