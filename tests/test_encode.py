@@ -267,6 +267,30 @@ def test_a_folder_is_not_written_into_itself_nor_into_a_file(run, checkpoints, i
     assert "there is no folder" in err
 
 
+def test_frame_by_frame_gives_the_same_and_bfloat16_about_the_same(run, checkpoints, clip, tmp_path):
+    def encoded(*more):
+        target = tmp_path / f"latents{len(list(tmp_path.iterdir()))}"
+        args = "--weights", checkpoints / "vae", "--frames", 17
+        assert run("encode", clip, target, *args, *more)[0] == 0
+        return Latents(target).read()
+
+    plain, by_frame, rounded = encoded(), encoded("--frame-by-frame"), encoded("--precision", "bfloat16")
+    assert close(by_frame, plain)
+    assert rounded.dtype == np.float32
+    assert 1e-4 < np.abs(rounded - plain).max() / np.abs(plain).max() < 0.1
+    code, _, err = run("decode", tmp_path / "latents0", tmp_path / "again.mkv", "--weights", checkpoints / "vae",
+        "--frame-by-frame", "--precision", "bfloat16")  # fmt: skip
+    assert code == 0
+    assert "or from another precision" in err
+
+
+def test_frame_by_frame_cannot_be_divided_in_time(run, checkpoints, clip, tmp_path):
+    weights = "--weights", checkpoints / "vae"
+    code, _, err = run("encode", clip, tmp_path / "out", *weights, "--mesh", "time=8", "--frame-by-frame")
+    assert code == 2
+    assert "--frame-by-frame computes one after the other what --mesh time=8 divides: take time=1" in err
+
+
 @pytest.mark.slow
 def test_lossy_tiles_change_frames_larger_than_a_tile(run, checkpoints, tmp_path):
     from flax_vae.io.writer import write_image

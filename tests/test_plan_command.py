@@ -105,7 +105,9 @@ def test_search_tries_fast_ways_first_and_no_chunks_over_time():
     assert (tried[0].remat, tried[0].chunk, tried[0].frame_by_frame) == (False, None, False)
     assert any(each.frame_by_frame for each in tried)
     assert any(each.chunk == 8 for each in tried)
+    assert any(each.fsdp and each.remat and not each.chunk for each in tried)
     assert not any("time" in each.mesh and (each.chunk or each.frame_by_frame) for each in tried)
+    assert not any(each.fsdp and "data" not in each.mesh for each in tried)
     assert len({json.dumps(ahead.asdict(each)) for each in tried}) == len(tried)
 
 

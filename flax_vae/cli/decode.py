@@ -13,7 +13,7 @@ from flax_vae.cli.budget import chunk_latents, read_budget
 from flax_vae.cli.clip import filled
 from flax_vae.cli.frames import IMAGE, VIDEO, FramePieces, assemble
 from flax_vae.cli.model import Model, check_stream, config_hash, load, read_config
-from flax_vae.cli.options import Clip, LossyTiles, Memory, Mesh, Resume, Weights
+from flax_vae.cli.options import PLAINLY, Clip, How, LossyTiles, Memory, Resume, Weights
 from flax_vae.cli.run import Chunk, marked, run
 from flax_vae.cli.screen import Meter, note, progress
 from flax_vae.cli.sources import check_apart, check_frames_target, named
@@ -35,7 +35,7 @@ def decode(
     out: Clip,
     weights: Weights,
     memory: Memory = None,
-    mesh: Mesh = None,
+    how: How = PLAINLY,
     resume: Resume = False,
     lossy_tiles: LossyTiles = False,
 ) -> None:
@@ -51,13 +51,15 @@ def decode(
 
     config, budget = read_config(weights), read_budget(memory)
     work = sources(latents, out, config, weights, resume)
-    check_stream(mesh, config, ((source.about.height, source.about.width) for source, _ in work))
+    check_stream(how.mesh, config, ((source.about.height, source.about.width) for source, _ in work))
     for _, target in work:
         check_begun(target, resume)
-    model = load(weights, lossy_tiles, mesh)
+    model = load(weights, how, lossy_tiles)
     for source, _ in work:
         if source.about.weights != model.weights:
-            note(f"{source.path}: comes from other weights of the same config (hash {source.about.weights})")
+            note(
+                f"{source.path}: comes from other weights of the same config, or from another precision (hash {source.about.weights})"
+            )
     if is_many(latents):
         out.mkdir(exist_ok=True)
     with progress("decoding", sum(source.frames for source, _ in work)) as meter:

@@ -12,7 +12,7 @@ from tyro.conf import Positional, arg
 from flax_vae.cli.budget import chunk_latents, read_budget
 from flax_vae.cli.clip import Clip, expected, open_clip
 from flax_vae.cli.model import Model, check_stream, load, read_config
-from flax_vae.cli.options import Frames, LossyTiles, Memory, Mesh, Resume, Size, Video, Weights
+from flax_vae.cli.options import PLAINLY, Frames, How, LossyTiles, Memory, Resume, Size, Video, Weights
 from flax_vae.cli.run import Chunk, run
 from flax_vae.cli.screen import Meter, note, progress, table
 from flax_vae.cli.sources import pairs
@@ -40,7 +40,7 @@ def encode(
     size: Size = None,
     frames: Frames = None,
     memory: Memory = None,
-    mesh: Mesh = None,
+    how: How = PLAINLY,
     scaling: Scaling = None,
     resume: Resume = False,
     lossy_tiles: LossyTiles = False,
@@ -59,12 +59,12 @@ def encode(
 
     config, budget, statistics = read_config(weights), read_budget(memory), read_scaling(scaling)
     work = [(open_clip(path, config, size, frames), target) for path, target in pairs(video, out, "", resume)]
-    check_stream(mesh, config, ((clip.height, clip.width) for clip, _ in work))
+    check_stream(how.mesh, config, ((clip.height, clip.width) for clip, _ in work))
     for clip, target in work:
         note(clip.about)
         check_folder(target, video.is_dir())
         check_begun(target, resume)
-    model = load(weights, lossy_tiles, mesh)
+    model = load(weights, how, lossy_tiles)
     if video.is_dir():
         out.mkdir(exist_ok=True)
     with progress("encoding", expected(clip for clip, _ in work)) as meter:
@@ -115,7 +115,7 @@ class LatentPieces:
 
     def add(self, result: Any, chunk: Chunk) -> None:
         """Keeps the latents of a chunk that are no filling."""
-        mean, logvar = (np.asarray(x)[:, : chunk.latents] for x in (result.mean, result.logvar))
+        mean, logvar = (np.asarray(x, np.float32)[:, : chunk.latents] for x in (result.mean, result.logvar))
         self._parts.append((mean, logvar))
         self._frames += chunk.frames
 

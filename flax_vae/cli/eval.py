@@ -13,7 +13,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 from flax_vae.cli.budget import read_budget
 from flax_vae.cli.clip import Clip, expected, open_clip, parse_size
 from flax_vae.cli.model import check_stream, load, read_config
-from flax_vae.cli.options import NO_CLUSTER, Checkpoint, Frames, Memory, Mesh, Processes, Size
+from flax_vae.cli.options import NO_CLUSTER, PLAINLY, Checkpoint, Frames, How, Memory, Processes, Size
 from flax_vae.cli.screen import Meter, note, progress
 from flax_vae.io.video import UNREADABLE
 from flax_vae.runtime.cluster import check_same, gathered, joined
@@ -52,7 +52,7 @@ def eval(
     size: Size = None,
     frames: Frames = None,
     memory: Memory = None,
-    mesh: Mesh = None,
+    how: How = PLAINLY,
     lpips: NeedLPIPS = False,
     no_lpips: NoLPIPS = False,
     fvd: NeedFVD = False,
@@ -95,8 +95,8 @@ def eval(
     with joined(cluster) as (process, processes):
         clips, failed = open_clips(data, config, size, frames, has_lpips)
         check_same([(clip.path, clip.stated) for clip in clips], "the clips")
-        check_stream(mesh, config, ((clip.height, clip.width) for clip in clips))
-        model = load(weights, mesh=mesh)
+        check_stream(how.mesh, config, ((clip.height, clip.width) for clip in clips))
+        model = load(weights, how)
         instruments = prepare(model, clips, has_lpips, has_fvd, budget)
         instruments = replace(instruments, latents=min(gathered(instruments.latents)))
         with shown(process, expected(clips[process::processes])) as meter:

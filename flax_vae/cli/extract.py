@@ -15,7 +15,18 @@ from flax_vae.cli.budget import read_budget
 from flax_vae.cli.clip import Clip, open_clip
 from flax_vae.cli.extraction import LATENTS, Extraction
 from flax_vae.cli.model import check_stream, load, read_config
-from flax_vae.cli.options import NO_CLUSTER, Frames, LossyTiles, Memory, Mesh, Processes, Size, Weights
+from flax_vae.cli.options import (
+    NO_CLUSTER,
+    PLAINLY,
+    Computing,
+    Frames,
+    How,
+    LossyTiles,
+    Memory,
+    Processes,
+    Size,
+    Weights,
+)
 from flax_vae.cli.screen import note, table
 from flax_vae.runtime.cluster import joined
 
@@ -51,7 +62,7 @@ def extract(
     size: Size = None,
     frames: Frames = None,
     memory: Memory = None,
-    mesh: Mesh = None,
+    how: How = PLAINLY,
     part: Part = None,
     lossy_tiles: LossyTiles = False,
     cluster: Processes = NO_CLUSTER,
@@ -73,7 +84,7 @@ def extract(
         raise ValueError(f"--part {part}: in a cluster each process does the part of its number; leave it out")
     with joined(cluster) as (process, processes):
         own = (process + 1, processes) if part is None else read_part(part)
-        extract_part(own, source, out, weights, size, frames, memory, mesh, lossy_tiles)
+        extract_part(own, source, out, weights, size, frames, memory, how, lossy_tiles)
 
 
 def extract_part(
@@ -84,7 +95,7 @@ def extract_part(
     size: str | None,
     frames: int | None,
     memory: str | None,
-    mesh: str | None,
+    how: Computing,
     lossy_tiles: bool,
 ) -> None:
     """Encodes every N-th clip from the K-th on, and finishes OUT where nothing is left to be done."""
@@ -98,14 +109,14 @@ def extract_part(
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file; give a folder to write")
     logs = check_parts(out, parts)
-    check_stream(mesh, config, ())
+    check_stream(how.mesh, config, ())
 
     def open_entry(path: Path) -> Clip:
         clip = open_clip(path, config, size, frames)
-        check_stream(mesh, config, [(clip.height, clip.width)])
+        check_stream(how.mesh, config, [(clip.height, clip.width)])
         return clip
 
-    model = load(weights, lossy_tiles, mesh)
+    model = load(weights, how, lossy_tiles)
     settings = {"size": size, "frames": frames, **model.identity}
     check_settings(logs, settings)
     (out / LATENTS).mkdir(parents=True, exist_ok=True)

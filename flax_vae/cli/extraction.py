@@ -86,7 +86,7 @@ class Extraction:
                 yield np.concatenate([row.read() for row in rows])
 
         for posterior in Stream(self.step, batches()):
-            mean, logvar = np.asarray(posterior.mean), np.asarray(posterior.logvar)
+            mean, logvar = (np.asarray(x, np.float32) for x in (posterior.mean, posterior.logvar))
             for i, row in enumerate(rows):
                 row.take(mean[i : i + 1], logvar[i : i + 1])
         for row in rows:

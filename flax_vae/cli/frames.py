@@ -42,7 +42,7 @@ class FramePieces:
         from flax_vae.io.pixels import to_uint8
         from flax_vae.io.writer import VideoWriter, write_image
 
-        pixels = to_uint8(np.asarray(result[0]))[: chunk.frames]
+        pixels = to_uint8(np.asarray(result[0], np.float32))[: chunk.frames]
         if self.is_image:
             write_image(self.job.piece(IMAGE), pixels[0])
         else:

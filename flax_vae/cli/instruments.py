@@ -35,7 +35,7 @@ class Comparison(nnx.Module):
     def compare_chunk(self, x: Any, carry: Any = None) -> tuple[tuple[Array, dict[str, Array]], Any]:
         """Gives the reconstruction of (B, T, H, W, 3), and the SSIM and LPIPS of each frame as 8 bits hold it."""
         video, carry = reconstruct_chunk(self.vae, x, carry)
-        shown = jnp.rint((jnp.clip(video, -1, 1) + 1) * 127.5) / 127.5 - 1
+        shown = jnp.rint((jnp.clip(video.astype(x.dtype), -1, 1) + 1) * 127.5) / 127.5 - 1
         scores = {"ssim": ssim(shown, x)}
         if self.lpips is not None:
             scores["lpips"] = self.lpips(shown, x, chunk=LPIPS_FRAMES)

@@ -118,7 +118,7 @@ class Measurement:
         """Measures all frames; Unreadable where the clip is damaged, whatever came before the damage."""
         chunks = readable(self.clip.chunks(self.instruments.latents))
         for chunk, (video, scores), _ in streamed(self.instruments.compare, chunks):
-            self.add(chunk, to_uint8(np.asarray(video[0])), scores)
+            self.add(chunk, to_uint8(np.asarray(video[0], np.float32)), scores)
             meter.done(chunk.frames)
 
     def add(self, chunk: Chunk, video: np.ndarray, scores: dict[str, Array]) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from flax_vae.cli.screen import note
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from flax_vae.cli.options import Computing
     from flax_vae.io.checkpoint import Checkpoint
     from flax_vae.models.config import VAEConfig
     from flax_vae.models.vae import CausalVideoVAE
@@ -57,6 +58,8 @@ class Model:
 
         tiles = getattr(self.vae, "tiling", None)
         device = f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
+        if self.checkpoint.config.frame_by_frame:
+            device += ", frame by frame"
         if self.mesh is not None:
             device += f", mesh {named(self.mesh.shape)}"
         return {"config": self.config_hash, "weights": self.weights, "tiles": tiles, "device": device}
@@ -67,10 +70,10 @@ class Model:
         return config_hash(self.vae.config)
 
 
-def load(checkpoint: str, lossy_tiles: bool = False, mesh: str | None = None) -> Model:
-    """Loads a checkpoint in float32 and keeps what will be compiled for it on disk, for the next run.
+def load(checkpoint: str, how: Computing, lossy_tiles: bool = False) -> Model:
+    """Loads a checkpoint to compute with, and keeps what will be compiled for it on disk, for the next run.
 
-    The devices of the `mesh`, all of this process, share each chunk. Raises ValueError where there are not as many.
+    The devices of a mesh, all of this process, share each chunk. Raises ValueError where there are not as many.
     """
     import jax
 
@@ -78,11 +81,14 @@ def load(checkpoint: str, lossy_tiles: bool = False, mesh: str | None = None) ->
     from flax_vae.runtime.tile import LossyTiles, LossyTiling
 
     keep_compiled()
-    devices = open_mesh(mesh, jax.local_devices)
+    devices = open_mesh(how.mesh, jax.local_devices)
     if lossy_tiles and devices is not None:
         raise ValueError("--lossy-tiles are computed one after the other, on one device: leave it or --mesh out")
+    if how.frame_by_frame and devices is not None and devices.shape["time"] > 1:
+        raise ValueError(f"--frame-by-frame computes one after the other what --mesh {how.mesh} divides: take time=1")
     note(f"loading {checkpoint}")
-    vae = CausalVideoVAE.from_pretrained(checkpoint)
+    config = replace(read_config(checkpoint), frame_by_frame=how.frame_by_frame)
+    vae = CausalVideoVAE.from_pretrained(checkpoint, how.precision, config)
     return Model(vae, LossyTiles(vae, LossyTiling()) if lossy_tiles else vae, weights_hash(vae), devices)
 
 
@@ -128,7 +134,7 @@ def weights_hash(vae: CausalVideoVAE) -> str:
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(vae, nnx.Param)):
         digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.ascontiguousarray(leaf).data)
+        digest.update(np.ascontiguousarray(leaf).view(np.uint8).data)
     return digest.hexdigest()[:16]
 
 

@@ -1,7 +1,8 @@
 """Arguments that several commands share, with their help."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
@@ -60,6 +61,27 @@ Mesh = Annotated[
         help_behavior_hint="(default: one device)",
     ),
 ]
+
+
+@dataclass(frozen=True)
+class Computing:
+    """On what devices, in what precision and in what order a command computes."""
+
+    mesh: Mesh = None
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """what weights and frames are computed in; bfloat16 takes half the memory, and rounds to three digits"""
+    frame_by_frame: Annotated[
+        bool,
+        FlagCreatePairsOff,
+        arg(
+            help="compute each block one frame after the other: the same results in less memory, for frames so large "
+            "that those of one latent do not fit",
+            help_behavior_hint="",
+        ),
+    ] = False
+
+
+How = Annotated[Computing, arg(name="")]
 Resume = Annotated[
     bool,
     FlagCreatePairsOff,
@@ -87,4 +109,4 @@ MeasureTiles = Annotated[
     ),
 ]
 Processes = Annotated[Cluster, FlagCreatePairsOff, arg(name="")]
-NO_CLUSTER = Cluster()
+NO_CLUSTER, PLAINLY = Cluster(), Computing()

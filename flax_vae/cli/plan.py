@@ -13,7 +13,7 @@ AsJson = Annotated[bool, FlagCreatePairsOff, arg(help="print one JSON object, or
 Search = Annotated[
     bool,
     FlagCreatePairsOff,
-    arg(help="try meshes, remat, chunks and frame by frame, and rank what fits", help_behavior_hint=""),
+    arg(help="try meshes, remat, fsdp, chunks and frame by frame, and rank what fits", help_behavior_hint=""),
 ]
 Most = Annotated[int, arg(metavar="N", help="with --search: programs to compile at most")]
 

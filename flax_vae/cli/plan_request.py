@@ -55,7 +55,10 @@ class Wanted:
     """compute each block one frame after the other, in less memory"""
     fsdp: bool = False
     """for training: the devices of data share the weights and the optimizer too"""
-    precision: Annotated[Precision | None, arg(help="what is computed in", help_behavior_hint=OF_PRESET)] = None
+    precision: Annotated[
+        Precision | None,
+        arg(help="what is computed in", help_behavior_hint="(default: the preset's; float32 to encode and decode)"),
+    ] = None
 
 
 def request_of(wanted: Wanted) -> Request:
@@ -65,7 +68,7 @@ def request_of(wanted: Wanted) -> Request:
     from flax_vae.runtime.chips import parse_topology
     from flax_vae.train.config import PRESETS, check
 
-    base = PRESETS[wanted.preset]
+    base, is_training = PRESETS[wanted.preset], wanted.job == "train"
     sides = parse_size(wanted.size) or base.clips.size
     height, width = sides if isinstance(sides, tuple) else (sides, sides)
     given = {"batch": wanted.batch, "frames": wanted.frames}
@@ -81,12 +84,12 @@ def request_of(wanted: Wanted) -> Request:
         height=height,
         width=width,
         mesh={},
-        precision=wanted.precision or base.precision,
+        precision=wanted.precision or (base.precision if is_training else "float32"),
         preset=wanted.preset,
         chunk=wanted.chunk,
-        remat=wanted.job == "train" and wanted.remat,
+        remat=is_training and wanted.remat,
         frame_by_frame=wanted.frame_by_frame,
-        fsdp=wanted.job == "train" and wanted.fsdp,
+        fsdp=is_training and wanted.fsdp,
     )
 
 

@@ -40,7 +40,7 @@ def settings(request: Request) -> str:
     from flax_vae.runtime.mesh import named
 
     chosen = [named(request.mesh)]
-    chosen += ["remat"] * request.remat + ["frame by frame"] * request.frame_by_frame
+    chosen += ["remat"] * request.remat + ["fsdp"] * request.fsdp + ["frame by frame"] * request.frame_by_frame
     return ", ".join([*chosen, *([f"chunks of {request.chunk}"] if request.chunk else [])])
 
 
@@ -89,5 +89,7 @@ def scaled(number: float) -> str:
 
 def duration(seconds: float) -> str:
     """Writes seconds with three digits in the unit that suits them."""
+    if seconds >= 120:
+        return f"{seconds / 60:.3g} min"
     unit, factor = next(((u, f) for u, f in (("s", 1), ("ms", 1e3)) if seconds * f >= 1), ("us", 1e6))
     return f"{seconds * factor:.3g} {unit}"

@@ -46,22 +46,27 @@ def candidates(request: Request) -> Iterator[Request]:
     """Yields ways to do what is asked for: more clips at a time on more devices first, what saves memory later.
 
     Meshes are all that make as many devices as there are and divide the clips evenly. Chunks and frame by frame that
-    are asked for are kept; else both are tried too, and a step of training without and with remat.
+    are asked for are kept; else both are tried too, and a step of training with remat, and with fsdp.
     """
-    ways = list(savings(request))
-    meshes = list(admitted(request))
+    ways, meshes = list(savings(request)), list(admitted(request))
+    seen: list[Request] = []
     order = sorted(product(range(len(ways)), range(len(meshes))), key=lambda pair: (sum(pair), pair))
     for way, mesh in order:
-        tried = replace(ways[way], mesh=meshes[mesh])
-        if tried.mesh.get("time", 1) == 1 or not (tried.chunk or tried.frame_by_frame):
-            yield tried
+        shares = ways[way].fsdp and meshes[mesh].get("data", 1) > 1
+        tried = replace(ways[way], mesh=meshes[mesh], fsdp=shares)
+        if tried in seen or (tried.mesh.get("time", 1) > 1 and (tried.chunk or tried.frame_by_frame)):
+            continue
+        seen.append(tried)
+        yield tried
 
 
 def savings(request: Request) -> Iterator[Request]:
     """Yields the ways to take less memory, the fastest first."""
     if request.job == "train":
-        yield replace(request, remat=False)
-        request = replace(request, remat=True)
+        yield replace(request, remat=False, fsdp=False)
+        request = replace(request, remat=True, fsdp=request.fsdp)
+        yield replace(request, fsdp=False)
+        request = replace(request, fsdp=True)
     yield request
     chunks = [] if request.chunk else [size for size in (16, 8) if size < request.frames - 1]
     yield from (replace(request, chunk=size) for size in chunks)

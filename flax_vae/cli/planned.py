@@ -91,8 +91,8 @@ def lower_training(request: Request, mesh: jax.sharding.Mesh) -> jax.stages.Lowe
 
     preset = PRESETS[request.preset]
     clips = replace(preset.clips, batch=request.batch, frames=request.frames, size=request.height, images=0.0)
-    run = {"model": request.model, "precision": request.precision, "remat": request.remat, "chunk": request.chunk}
-    config = replace(preset, clips=clips, **run)
+    names = ("model", "precision", "remat", "frame_by_frame", "chunk")
+    config = replace(preset, clips=clips, **{name: getattr(request, name) for name in names})
     with_gan = config.gan.kind != "none"
     lpips = nnx.eval_shape(lambda: LPIPS(rngs=nnx.Rngs(0))) if config.loss.lpips else None
     judge = nnx.eval_shape(lambda: DISCRIMINATORS[config.gan.kind](rngs=nnx.Rngs(1))) if with_gan else None

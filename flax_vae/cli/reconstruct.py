@@ -17,7 +17,19 @@ from flax_vae.cli.clip import Clip as Source
 from flax_vae.cli.clip import expected, open_clip
 from flax_vae.cli.frames import IMAGE, FramePieces, assemble, losses
 from flax_vae.cli.model import Model, check_stream, load, read_config
-from flax_vae.cli.options import Clip, Frames, LossyTiles, MeasureTiles, Memory, Mesh, Resume, Size, Video, Weights
+from flax_vae.cli.options import (
+    PLAINLY,
+    Clip,
+    Frames,
+    How,
+    LossyTiles,
+    MeasureTiles,
+    Memory,
+    Resume,
+    Size,
+    Video,
+    Weights,
+)
 from flax_vae.cli.run import run
 from flax_vae.cli.screen import Meter, counted, note, progress, table
 from flax_vae.cli.sources import check_frames_target, check_target, pairs
@@ -31,7 +43,7 @@ def reconstruct(
     size: Size = None,
     frames: Frames = None,
     memory: Memory = None,
-    mesh: Mesh = None,
+    how: How = PLAINLY,
     resume: Resume = False,
     lossy_tiles: LossyTiles = False,
     measure_tiles: MeasureTiles = False,
@@ -55,14 +67,14 @@ def reconstruct(
     check_sheets(video)
     config, budget = read_config(weights), read_budget(memory)
     work = [(open_clip(path, config, size, frames), target) for path, target in pairs(video, out, IMAGE, resume)]
-    check_stream(mesh, config, ((clip.height, clip.width) for clip, _ in work))
+    check_stream(how.mesh, config, ((clip.height, clip.width) for clip, _ in work))
     for clip, target in work:
         note(clip.about)
         check_begun(target, resume)
         if not video.is_dir():
             check_frames_target(target, clip.path, 1 if clip.is_image else None)
             check_target(sheet_of(target), [".png"], clip.path)
-    model = load(weights, lossy_tiles, mesh)
+    model = load(weights, how, lossy_tiles)
     if video.is_dir():
         out.mkdir(exist_ok=True)
     quality: list[float] = []

@@ -18,8 +18,9 @@ def in_chunks(module: nnx.Module | tuple, step: Step, x: Clip, size: int, carry:
     """Gives what `step(module, x, carry)` gives of the whole (B, T, H, W, C), computed `size` frames at a time.
 
     The first chunk takes the 1 + (T - 1) % size frames that are left over, the others are one `lax.scan`; with a carry
-    it takes T % size, or there is none. Between chunks only the carry is kept, in the gradient too: there every chunk is computed a second time. Compiled as one
-    program, once a shape; random state of the module, such as dropout's, moves on with every chunk.
+    it takes T % size, or there is none. Between chunks only the carry is kept, in the gradient too: there every chunk
+    is computed a second time. Compiled as one program, once a shape; random state of the module, such as dropout's,
+    moves on with every chunk.
     """
     structure, parameters, state = nnx.split(module, nnx.Param, ...)
     result, state, carry = _run(structure, step, size, parameters, state, x, carry)

@@ -149,7 +149,7 @@ def largest(bytes_of: Callable[[int], int], budget: int, limit: int) -> int:
     if fits_bytes > budget:
         raise ValueError(
             f"{format_bytes(fits_bytes)} are needed for one latent at a time, and {format_bytes(budget)} may be used: "
-            "allow more memory, make the frames smaller, or compute them in lossy tiles"
+            "allow more memory, compute frame by frame, make the frames smaller, or compute them in lossy tiles"
         )
     while over > 2 * fits:
         room = Fraction(budget - fits_bytes, over_bytes - fits_bytes) * (over - fits)

@@ -120,6 +120,8 @@ class TrainConfig:
     """what is computed in; weights are float32"""
     remat: bool = True
     """compute activations a second time for the gradient, and save their memory"""
+    frame_by_frame: bool = False
+    """compute each block one frame after the other: the same gradients in less memory, for large frames"""
     chunk: int | None = None
     """frames to compute at a time, a multiple of 8, with the gradients of the whole; None takes the clip as a whole"""
     save_every: int = 1000

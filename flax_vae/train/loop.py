@@ -237,13 +237,13 @@ def reconstruct(vae: CausalVideoVAE, clip: Any) -> jax.Array:
 
 def first_model(config: TrainConfig) -> CausalVideoVAE:
     """Gives the model that a run starts from."""
+    how = {"remat": config.remat, "frame_by_frame": config.frame_by_frame}
     if config.init is None:
         settings: VAEConfig = getattr(VAEConfig, config.model)()
-        model = CausalVideoVAE(replace(settings, remat=config.remat), rngs=nnx.Rngs(config.seed))
-        return respread(model, config.spread)
+        return respread(CausalVideoVAE(replace(settings, **how), rngs=nnx.Rngs(config.seed)), config.spread)
     with open_checkpoint(config.init) as source:
-        settings = replace(VAEConfig.from_dict(source.config()), remat=config.remat)
-    return CausalVideoVAE.from_pretrained(config.init, jnp.float32, settings)
+        settings = VAEConfig.from_dict(source.config())
+    return CausalVideoVAE.from_pretrained(config.init, jnp.float32, replace(settings, **how))
 
 
 def respread(model: CausalVideoVAE, spread: float | None) -> CausalVideoVAE:
