@@ -14,6 +14,7 @@ import torch_ref
 from flax_vae.cli import CheckFailed
 from flax_vae.cli import port as port_command
 from flax_vae.cli.model import load
+from flax_vae.cli.options import PLAINLY
 from flax_vae.cli.reconstruct import reconstruct
 from flax_vae.cli.screen import note, table
 from flax_vae.io.checkpoint import DEFAULT
@@ -92,7 +93,7 @@ def through_torch(model: torch_ref.CausalVideoVAE, clip: np.ndarray) -> dict[str
 
 def through_flax(checkpoint: str, clip: np.ndarray) -> dict[str, np.ndarray]:
     """Encodes and decodes a clip (T, H, W, 3) in float32; results are in torch's order."""
-    vae = load(checkpoint).checkpoint
+    vae = load(checkpoint, PLAINLY).checkpoint
     posterior, _ = compiled(vae.encode_chunk)(clip[None], None)
     video, _ = compiled(vae.decode_chunk)(posterior.mode(), None)
     return named(*(np.moveaxis(np.asarray(x, np.float64), -1, 1) for x in (posterior.mean, posterior.logvar, video)))

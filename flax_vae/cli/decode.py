@@ -58,7 +58,8 @@ def decode(
     for source, _ in work:
         if source.about.weights != model.weights:
             note(
-                f"{source.path}: comes from other weights of the same config, or from another precision (hash {source.about.weights})"
+                f"{source.path}: comes from other weights of the same config, or from another precision "
+                f"(hash {source.about.weights})"
             )
     if is_many(latents):
         out.mkdir(exist_ok=True)
