@@ -142,3 +142,20 @@ def test_a_checkpoint_knows_no_remat_and_is_loaded_with_or_without(models, tmp_p
     (tmp_path / "config.json").write_text(json.dumps(values | {"remat": True}))
     with pytest.raises(ValueError, match="unknown config keys: remat"):
         CausalVideoVAE.from_pretrained(tmp_path)
+
+
+def test_gradients_of_a_layer_are_passed_on_together(bodies, noise):
+    """So that XLA computes those of the kernels before it goes on to the layer before."""
+    structure, parameters, state = nnx.split(bodies[1], nnx.Param, ...)
+
+    def loss(parameters, x):
+        return jnp.square(nnx.merge(structure, parameters, state, copy=True).step(x)[0]).sum()
+
+    x = noise((1, 3, 2, 3, 3)).astype(jnp.float32)
+    together = [
+        {variable.aval.shape for variable in equation.invars}
+        for equation in jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(parameters, x).eqns
+        if equation.primitive.name == "optimization_barrier"
+    ]
+    for kernel, size in (((3, 3, 3, 3, 4), x.shape), ((3, 3, 3, 4, 4), (1, 2, 2, 3, 4))):
+        assert any({kernel, size} <= shapes for shapes in together)
