@@ -2,7 +2,7 @@
 
 Compiles the released model for TPUs that need not be there, as `flax-vae plan` does, and writes what it finds beside
 docs/scaling.md: plans.json, which keeps every plan so that one is compiled once, and weak_scaling.png. Prints both
-tables of that page. A step of training takes ten minutes to compile on two cores, and 8 GiB of memory.
+tables of that page. A step of training took 30 to 43 minutes to compile on two busy cores, and up to 13 GiB of memory.
 """
 
 from __future__ import annotations
