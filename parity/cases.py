@@ -16,7 +16,7 @@ from flax import nnx
 
 import flax_vae
 import torch_ref
-from flax_vae.layers.lowering import lowered
+from flax_vae.layers.lowering import Lowering, lowered
 from flax_vae.models.config import narrow
 from flax_vae.runtime.tile import LossyTiles, LossyTiling, in_lossy_tiles
 from flax_vae.train import discriminator, losses, lpips
@@ -101,14 +101,14 @@ def causal(name: str, *args, shape=(2, 5, 7, 6, 6), **kwargs) -> Case:
     return layer(f"causal-{name}", shape, "CausalConv3d", 6, 10, *args, **kwargs)
 
 
-def by_frames(row: Case) -> Case:
-    """The same row, computed as on a CPU where it is large, by 2D convolutions and matmuls of frames."""
+def computed(by: Lowering, row: Case) -> Case:
+    """The same row with its convolutions computed in a way that a platform or a size may choose."""
 
     def call(module, x):
-        with lowered("frames"):
+        with lowered(by):
             return row.call_flax(module, x)
 
-    return replace(row, name=f"{row.name}-by-frames", call_flax=call)
+    return replace(row, name=f"{row.name}-by-{by}", call_flax=call)
 
 
 def posterior_outputs(posterior, sample) -> Outputs:
@@ -390,12 +390,17 @@ CASES = [
     causal("one-frame", 3, shape=(3, 1, 5, 4, 6)),
     causal("clip-shorter-than-kernel", (5, 3, 3), shape=(2, 2, 3, 4, 6)),
     causal("one-pixel", 3, shape=(1, 3, 1, 1, 6)),
-    by_frames(causal("3x3x3", 3)),
-    by_frames(causal("2x5x3-stride-2x3x2", (2, 5, 3), (2, 3, 2), shape=(2, 7, 8, 9, 6))),
-    by_frames(causal("stride-1x2x2", 3, (1, 2, 2))),
-    by_frames(causal("stride-2x1x1", 3, (2, 1, 1))),
-    by_frames(causal("dilation-2", 3, dilation=2, shape=(2, 7, 7, 9, 6))),
-    by_frames(causal("clip-shorter-than-kernel", (5, 3, 3), shape=(2, 2, 3, 4, 6))),
+    computed("frames", causal("3x3x3", 3)),
+    computed("frames", layer("causal-3x3x3-110-channels", (2, 5, 9, 8, 6), "CausalConv3d", 6, 110, 3)),
+    computed("frames", causal("2x5x3-stride-2x3x2", (2, 5, 3), (2, 3, 2), shape=(2, 7, 8, 9, 6))),
+    computed("frames", causal("stride-1x2x2", 3, (1, 2, 2))),
+    computed("frames", causal("stride-2x1x1", 3, (2, 1, 1))),
+    computed("frames", causal("dilation-2", 3, dilation=2, shape=(2, 7, 7, 9, 6))),
+    computed("frames", causal("clip-shorter-than-kernel", (5, 3, 3), shape=(2, 2, 3, 4, 6))),
+    computed("winograd", causal("3x3x3", 3)),
+    computed("winograd", causal("1x3x3", (1, 3, 3), shape=(3, 4, 9, 5, 6))),
+    computed("winograd", causal("replicate", 3, pad_mode="replicate")),
+    computed("winograd", layer("resnet", (2, 5, 7, 6, 32), "CausalResnetBlock", 32, 64)),
     layer("causal-large", (1, 5, 24, 22, 24), "CausalConv3d", 24, 32, 3),
     layer("causal-3-channels-in", (2, 3, 9, 8, 3), "CausalConv3d", 3, 13, 3),
     layer("causal-3-channels-out", (2, 3, 9, 8, 13), "CausalConv3d", 13, 3, 3),

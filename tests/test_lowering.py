@@ -1,4 +1,4 @@
-"""Both ways of computing a convolution give the same, and so do the gradients of their gradients."""
+"""All ways of computing a convolution give the same, and so do the gradients of their gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,8 @@ CAUSAL = ((2, 0), (1, 1), (1, 1))
 CASES = {
     "causal": ((3, 3, 3), (1, 1, 1), CAUSAL, (1, 1, 1)),
     "carried": ((3, 3, 3), (1, 1, 1), ((0, 0), (1, 1), (1, 1)), (1, 1, 1)),
+    "before-the-end": ((3, 3, 3), (1, 1, 1), ((0, 2), (1, 1), (1, 0)), (1, 1, 1)),
+    "frames-of-odd-size": ((1, 3, 3), (1, 1, 1), ((0, 0), (0, 2), (1, 2)), (1, 1, 1)),
     "spatial-down": ((3, 3, 3), (1, 2, 2), CAUSAL, (1, 1, 1)),
     "temporal-down": ((3, 3, 3), (2, 1, 1), CAUSAL, (1, 1, 1)),
     "down-by-2-and-3": ((2, 5, 3), (3, 2, 3), ((1, 2), (2, 1), (0, 3)), (1, 1, 1)),
@@ -41,12 +43,17 @@ def gradients(window: Window, x: jax.Array, kernel: jax.Array):
     return y, pull(dy), jax.grad(squares, (0, 1, 2))(x, kernel, dy)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_frames_give_what_xla_gives(name):
+WAYS = [("frames", name) for name in CASES] + [
+    ("winograd", name) for name in ("causal", "carried", "before-the-end", "frames-of-odd-size")
+]
+
+
+@pytest.mark.parametrize(("way", "name"), WAYS)
+def test_each_way_gives_what_xla_gives(way, name):
     size, *rest = CASES[name]
     x, kernel = drawn(2, 5, 7, 6, 3), drawn(*size, 3, 4)
     ours, xlas = (
-        jax.jit(gradients, static_argnums=0)(Window(*rest, lowering=way), x, kernel) for way in ("frames", "plain")
+        jax.jit(gradients, static_argnums=0)(Window(*rest, lowering=each), x, kernel) for each in (way, "plain")
     )
     for actual, expected in zip(jax.tree.leaves(ours), jax.tree.leaves(xlas), strict=True):
         np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
@@ -113,7 +120,26 @@ def test_sums_of_bfloat16_are_taken_in_float32():
 
 def test_a_layer_takes_the_lowering_that_it_is_traced_in():
     layer, x = CausalConv3d(3, 4, 3, rngs=nnx.Rngs(0)), drawn(1, 4, 5, 6, 3)
-    with lowered("frames"):
-        frames = str(jax.make_jaxpr(lambda x: layer(x)[0])(x))
+    with lowered("winograd"):
+        products = str(jax.make_jaxpr(lambda x: layer(x)[0])(x))
     plain = str(jax.make_jaxpr(lambda x: layer(x)[0])(x))
-    assert frames.count("conv_general_dilated") > plain.count("conv_general_dilated")
+    assert ("dot_general" in products, "conv_general_dilated" in products) == (True, False)
+    assert ("dot_general" in plain, "conv_general_dilated" in plain) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels", "is_winograds"),
+    [
+        ((1, 9, 64, 64), 64, True),
+        ((1, 9, 64, 64), 32, False),
+        ((1, 3, 16, 16), 256, False),
+        ((1, 3, 64, 64), 64, False),
+    ],
+    ids=["enough", "few-channels", "few-tiles", "few-frames"],
+)
+def test_winograds_products_are_taken_where_they_pay(shape, channels, is_winograds):
+    x = jax.ShapeDtypeStruct((*shape, channels), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((3, 3, 3, channels, channels), jnp.float32)
+    window = Window((1, 1, 1), ((0, 0), (1, 1), (1, 1)))
+    text = str(jax.make_jaxpr(lambda *inputs: convolve(*inputs, window))(x, kernel))
+    assert ("dot_general" in text) == is_winograds

@@ -1,8 +1,9 @@
 """How a convolution is computed: by XLA's own, or, where that is slow, by 2D convolutions and matmuls of frames.
 
 B batch, T frames, H W pixels, C channels; arrays are B T H W C, kernels are T H W I O. On a CPU, XLA's 3D convolutions
-reach an eighth to a third of the matmul rate, and their gradients less; 2D ones reach half of it or more. So there each
-time tap of a kernel is a 2D convolution of the frames that it sees, and nothing is computed of the zeros around a clip.
+reach an eighth to a third of the matmul rate, and their gradients less; 2D ones reach most of it. So there each time
+tap of a kernel is a 2D convolution of the frames that it sees, and nothing is computed of the zeros around a clip; or,
+with channels and pixels enough, Winograd's products (winograd.py). docs/performance.md has the figures.
 
 A convolution is linear in the clip and in the kernel. So are its two gradients, and theirs are these three functions
 again: `convolve`, `input_gradient`, `kernel_gradient`. They can be differentiated any number of times, in reverse mode.
@@ -14,7 +15,7 @@ import contextlib
 import contextvars
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from itertools import product
 from operator import add
@@ -26,17 +27,23 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
+from flax_vae.layers import winograd
 from flax_vae.layers.geometry import Pair, conv_outputs
 
-Lowering = Literal["platform", "plain", "frames"]
+Lowering = Literal["platform", "plain", "frames", "winograd"]
 Triple = tuple[int, int, int]
 SMALL = 10_000_000  # multiplications under which a program compiled by frames would save less than it costs
+MOSTLY = 0.7  # of the products of frames and time taps, so many must be outputs' to compute all of them
+FEW = 100  # output channels up to which one convolution for all time taps is faster than one for each
 _lowering: contextvars.ContextVar[Lowering] = contextvars.ContextVar("lowering", default="platform")
 
 
 @contextlib.contextmanager
 def lowered(lowering: Lowering) -> Iterator[None]:
-    """Within it convolutions are traced to run as XLA's own ("plain"), by frames, or as suits the platform."""
+    """Within it convolutions are traced to run in one way, where it can compute them, or as suits the platform.
+
+    "plain" is XLA's own; what Winograd's products cannot compute runs by frames, and what these cannot, as XLA's own.
+    """
     token = _lowering.set(lowering)
     try:
         yield
@@ -59,6 +66,12 @@ class Window:
         axes = zip(size, kernel[:3], self.stride, self.padding, self.dilation, strict=True)
         return tuple(conv_outputs(*axis) for axis in axes)
 
+    def mirrored(self, kernel: Sequence[int]) -> Window:
+        """Gives the window in which the mirrored kernel takes gradients of outputs to those of inputs, at stride 1."""
+        reach = [(k - 1) * dilation for k, dilation in zip(kernel[:3], self.dilation, strict=True)]
+        time, height, width = ((r - low, r - high) for r, (low, high) in zip(reach, self.padding, strict=True))
+        return replace(self, padding=(time, height, width))
+
 
 def wide_dtype(x: Array) -> np.dtype:
     """Gives the dtype in which sums over `x` are taken: float32 or better."""
@@ -68,15 +81,15 @@ def wide_dtype(x: Array) -> np.dtype:
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def convolve(x: Array, kernel: Array, window: Window) -> Array:
     """Convolves a clip; sums are taken in float32 or better."""
-    return _computed(_plain, _by_taps, x, kernel, window, x.shape[1:4], kernel.shape)
+    return _computed(_plain, _by_frames, x, kernel, window, x.shape[1:4], kernel.shape)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def input_gradient(dy: Array, kernel: Array, window: Window, size: Triple) -> Array:
     """Gives the gradient by a clip of this time, height and width, from that by what `convolve` makes of it."""
     plain = partial(_plain_input_gradient, size=size)
-    by_taps = partial(_input_gradient_by_taps, size=size)
-    return _computed(plain, by_taps, dy, kernel, window, size, kernel.shape)
+    by_frames = partial(_input_gradient_by_frames, size=size)
+    return _computed(plain, by_frames, dy, kernel, window, size, kernel.shape)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -118,7 +131,7 @@ def _computed(plain: Callable, by_frames: Callable, left: Array, right: Array, w
     plain, by_frames = partial(plain, window=window), partial(by_frames, window=window)
     if window.lowering == "plain" or not _suits_frames(window, size, kernel):
         return plain(left, right)
-    if window.lowering == "frames":
+    if window.lowering != "platform":
         return by_frames(left, right)
     work = left.shape[0] * math.prod(window.output_size(size, kernel)) * math.prod(kernel)
     return plain(left, right) if work < SMALL else lax.platform_dependent(left, right, cpu=by_frames, default=plain)
@@ -131,6 +144,26 @@ def _suits_frames(window: Window, size: Triple, kernel: tuple[int, ...]) -> bool
     outputs = window.output_size(size, kernel)
     sees_any = 0 not in outputs and _time_taps(window, kernel[0], size[0], outputs[0])
     return window.groups == 1 and sees_all and bool(sees_any)
+
+
+def _suits_winograd(window: Window, x: Array, kernel: tuple[int, ...]) -> bool:
+    """Tells whether Winograd's products compute this, and, where no lowering is asked for, whether they pay."""
+    taps, before_and_after = kernel[0], window.padding[0]
+    outputs = window.output_size(x.shape[1:4], kernel)
+    in_time = before_and_after in ((taps - 1, 0), (0, taps - 1), (0, 0))
+    in_space = kernel[1:3] == (3, 3) and min(map(min, window.padding[1:])) >= 0
+    is_wide = x.dtype == wide_dtype(x)  # in bfloat16 the sums of tiles would be rounded
+    if not (is_wide and in_time and in_space) or {*window.stride, *window.dilation} != {1}:
+        return False
+    tiles = len(x) * -(-outputs[1] // 2) * -(-outputs[2] // 2)
+    pays = (
+        window.lowering == "platform"
+        and min(kernel[3:]) >= 64  # channels, for the matmuls
+        and tiles * math.prod(kernel[3:]) >= 4_000_000  # and products in each of them
+        and tiles * x.shape[1] >= 1000  # for the sums of the kernel, which are computed once
+        and _share_seen(_time_taps(window, taps, x.shape[1], outputs[0]), taps, x.shape[1]) > MOSTLY
+    )
+    return pays or window.lowering == "winograd"
 
 
 def _plain(x, kernel, window):
@@ -176,21 +209,48 @@ def _time_taps(window: Window, kernel: int, frames: int, outputs: int) -> list[T
     return taps
 
 
+def _by_frames(x, kernel, window):
+    """Convolves by Winograd's products where these pay, else by the taps of time."""
+    if not _suits_winograd(window, x, kernel.shape):
+        return _by_taps(x, kernel, window)
+    before, after = window.padding[0]
+    y = winograd.convolve(x, kernel, window.padding[1:], backwards=after > 0)
+    return y if before or after else y[:, len(kernel) - 1 :]
+
+
 def _by_taps(x, kernel, window):
-    """Adds up a 2D convolution for each time tap, of the frames that it sees."""
-    stride, outputs = window.stride[0], window.output_size(x.shape[1:4], kernel.shape)[0]
+    """Adds up 2D convolutions of the frames that each time tap sees, or those parts of one convolution for all taps.
+
+    One convolution has the outputs of all taps as its channels; it is the faster one where a tap has few.
+    """
+    stride, (taps, out), frames = window.stride[0], (len(kernel), kernel.shape[4]), x.shape[1]
+    outputs = window.output_size(x.shape[1:4], kernel.shape)[0]
+    convolved = partial(_conv2d, padding=window.padding[1:], stride=window.stride[1:], dilation=window.dilation[1:])
+    seen = _time_taps(window, taps, frames, outputs)
+    at_once = out <= FEW and _share_seen(seen, taps, frames) > MOSTLY
+    if at_once:
+        every = _of_frames(partial(convolved, kernel=jnp.concatenate(list(kernel), axis=-1)), x)
     parts = []
-    for tap in _time_taps(window, kernel.shape[0], x.shape[1], outputs):
+    for tap in seen:
         last = tap.frame + (tap.stop - tap.start - 1) * stride
-        seen = x[:, tap.frame : last + 1 : stride]
-        convolved = partial(_conv2d, kernel=kernel[tap.index], padding=window.padding[1:], stride=window.stride[1:])
-        part = _of_frames(partial(convolved, dilation=window.dilation[1:]), seen)
+        frames_seen = slice(tap.frame, last + 1, stride)
+        if at_once:
+            part = every[:, frames_seen, ..., tap.index * out : (tap.index + 1) * out]
+        else:
+            part = _of_frames(partial(convolved, kernel=kernel[tap.index]), x[:, frames_seen])
         parts.append(_put(part, tap.start, outputs))
     return _total(parts, x)
 
 
-def _input_gradient_by_taps(dy, kernel, window, size):
-    """Adds up, for each time tap, what the frames that it sees get from the outputs."""
+def _share_seen(seen: list[Tap], taps: int, frames: int) -> float:
+    """Gives how many of the products of each frame with each time tap are any output's."""
+    return sum(tap.stop - tap.start for tap in seen) / (taps * frames)
+
+
+def _input_gradient_by_frames(dy, kernel, window, size):
+    """Convolves with the mirrored kernel; where there are strides, adds up what the frames of each tap get."""
+    if max(window.stride) == 1:
+        return _by_frames(dy, jnp.swapaxes(kernel[::-1, ::-1, ::-1], 3, 4), window.mirrored(kernel.shape))
     parts = []
     for tap in _time_taps(window, kernel.shape[0], size[0], dy.shape[1]):
         back = partial(_conv2d_input_gradient, kernel=kernel[tap.index], window=window, size=size[1:])
@@ -204,6 +264,9 @@ def _kernel_gradient_by_frames(x, dy, window, kernel):
 
     Frames are taken in as many turns as the time stride is: those of a turn are seen by the same taps.
     """
+    if _suits_winograd(window, x, (*kernel, x.shape[4], dy.shape[4])) and not window.padding[0][1]:
+        dy = jnp.pad(dy, ((0, 0), (x.shape[1] - dy.shape[1], 0), (0, 0), (0, 0), (0, 0)))
+        return winograd.kernel_gradient(x, dy, window.padding[1:], kernel[0])
     stride, taps = window.stride[0], [jnp.zeros((*kernel[1:], x.shape[4], dy.shape[4]), dy.dtype)] * kernel[0]
     x = jnp.pad(x, ((0, 0), (0, 0), *window.padding[1:], (0, 0)))
     for turn in range(min(stride, x.shape[1])):
@@ -287,15 +350,40 @@ def _phase(window: Window, axis: int, kernel: int, size: int, outputs: int, star
 
 
 def _conv2d(x, kernel, padding, stride, dilation):
-    return lax.conv_general_dilated(
+    """Convolves images (B, H, W, C); with strides as a sum over the kinds of pixel that each part of the kernel sees.
+
+    XLA's CPU backend gives 2D convolutions to YNNPACK, but to Eigen where the output is larger than the input, and
+    Eigen is up to twice as fast in float32. So a row or two too much are computed, where that is little.
+    """
+    if max(stride) > 1:
+        return _conv2d_strided(x, kernel, padding, stride, dilation)
+    (above, below), columns = padding
+    rows = conv_outputs(x.shape[1], kernel.shape[0], 1, (above, below), dilation[0])
+    more = max(0, x.shape[1] + 1 - rows) if x.dtype == jnp.float32 else 0
+    y = lax.conv_general_dilated(
         x,
         kernel,
         stride,
-        padding,
+        ((above, below + (more if more <= rows // 8 else 0)), columns),
         rhs_dilation=dilation,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         preferred_element_type=wide_dtype(x),
     )
+    return y[:, :rows]
+
+
+def _conv2d_strided(x, kernel, padding, stride, dilation):
+    """Adds up convolutions of every stride-th row and column, from each row and column of the kernel on."""
+    axes = zip(x.shape[1:3], kernel.shape[:2], stride, padding, dilation, strict=True)
+    outputs = [conv_outputs(*axis) for axis in axes]
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    parts = []
+    for row, column in product(*map(range, stride)):
+        part = kernel[row :: stride[0], column :: stride[1]]
+        height, width = (n + (k - 1) * d for n, k, d in zip(outputs, part.shape[:2], dilation, strict=True))
+        seen = x[:, row :: stride[0], column :: stride[1]][:, :height, :width]
+        parts.append(_conv2d(seen, part, ((0, 0), (0, 0)), (1, 1), dilation))
+    return reduce(add, parts)
 
 
 def _of_frames(function, x):

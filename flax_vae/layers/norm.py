@@ -26,20 +26,18 @@ class CausalGroupNorm(nnx.Module):
     def __call__(self, x: Clip) -> Clip:
         """Normalises (B, T, H, W, C) and returns it in the dtype it came in."""
         check_clip(x, self.num_channels)
-        groups = x.astype(wide_dtype(x)).reshape(*x.shape[:4], self.num_groups, self.num_channels // self.num_groups)
-        centred = groups - frame_mean(groups)
-        scale = jax.lax.rsqrt(frame_mean(jnp.square(centred)) + self.eps) * per_channel(self.scale[...], groups)
-        return (centred * scale + per_channel(self.bias[...], groups)).reshape(x.shape).astype(x.dtype)
+        wide = x.astype(wide_dtype(x))
+        scale, bias = (each[...].astype(wide.dtype).reshape(1, 1, 1, 1, -1) for each in (self.scale, self.bias))
+        centred = wide - self.group_mean(wide)
+        scale = jax.lax.rsqrt(self.group_mean(jnp.square(centred)) + self.eps) * scale
+        return (centred * scale + bias).astype(x.dtype)
 
+    def group_mean(self, x: Clip) -> Array:
+        """Averages over the pixels of each frame and the channels of a group; gives (B, T, 1, 1, C).
 
-def frame_mean(groups: Array) -> Array:
-    """Averages (B, T, H, W, groups, channels) over the pixels and channels of each group in each frame.
-
-    One axis after the other: sums of sums round less than one long sum.
-    """
-    return groups.mean(axis=3, keepdims=True).mean(axis=2, keepdims=True).mean(axis=5, keepdims=True)
-
-
-def per_channel(parameter: Array, groups: Array) -> Array:
-    """Brings one value a channel to the axes and the dtype of (B, T, H, W, groups, channels)."""
-    return parameter.astype(groups.dtype).reshape(1, 1, 1, 1, *groups.shape[4:])
+        One axis after the other: sums of sums round less than one long sum. Channels stay one axis, over which loops
+        are vectorized, until pixels are summed.
+        """
+        of_channels = x.mean(axis=3).mean(axis=2)
+        of_groups = of_channels.reshape(*x.shape[:2], self.num_groups, -1).mean(axis=3)
+        return jnp.repeat(of_groups, self.num_channels // self.num_groups, axis=2)[:, :, None, None]
