@@ -8,6 +8,7 @@ from jaxtyping import Array
 
 from flax_vae.layers.conv import Clip, add_bias, initial_weights, wide_dtype
 from flax_vae.layers.norm import CausalGroupNorm
+from flax_vae.layers.strips import strips
 
 
 class Attention(nnx.Module):
@@ -26,12 +27,13 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Clip) -> Clip:
         """Attends within every frame of (B, T, H, W, C); the shape stays."""
-        pixels = rearrange(self.group_norm(x), "b t h w c -> b t (h w) c")
+        frames = strips().join(self.group_norm(x))
+        pixels = rearrange(frames, "b t h w c -> b t (h w) c")
         query, key, value = (linear(layer, pixels) for layer in (self.to_q, self.to_k, self.to_v))
         scores = jnp.einsum("btqc,btkc->btqk", query, key, preferred_element_type=wide_dtype(x)) * x.shape[-1] ** -0.5
         weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
         attended = linear(self.to_out[0], jnp.einsum("btqk,btkc->btqc", weights, value))
-        return x + attended.reshape(x.shape)
+        return x + strips().cut(attended.reshape(frames.shape))
 
 
 def linear(layer: nnx.Linear, x: Array) -> Array:

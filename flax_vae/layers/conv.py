@@ -13,9 +13,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
-from flax_vae.layers.geometry import Pair, causal_padding, conv_output_size, triple
+from flax_vae.layers.geometry import Pair, causal_padding, conv_output_size, conv_outputs, triple
 from flax_vae.layers.lowering import Window, convolve, wide_dtype
 from flax_vae.layers.neighbour import FromNeighbour, frames_before
+from flax_vae.layers.strips import strips
 
 PadMode = Literal["constant", "replicate", "reflect", "circular"]
 Padding = tuple[Pair, Pair, Pair]
@@ -74,10 +75,26 @@ class Conv3d(nnx.Module):
 
     def convolve(self, x: Clip, padding: Padding) -> Clip:
         """Convolves with the given padding of time, height and width; too few frames give no frame."""
+        if strips().count > 1:
+            x, padding = self._around_strips(x, padding)
         kernel = self.kernel[...]
         kernel = kernel.reshape(*self.kernel_size, *kernel.shape[-2:])
         y: Any = convolve(x, kernel, Window(self.stride, padding, self.dilation, self.groups))
         return y if self.bias is None else add_bias(y, self.bias[...])
+
+    def _around_strips(self, x: Clip, padding: Padding) -> tuple[Clip, Padding]:
+        """Puts around each strip what is beside it; ValueError where outputs of the frame are none of any strip's."""
+        cut, index = strips(), strips().axis - 1
+        extended, left = cut.extended(x, padding)
+        axis = self.kernel_size[index], self.stride[index]
+        of_frame = conv_outputs(cut.count * x.shape[cut.axis], *axis, padding[index], self.dilation[index])
+        of_strip = conv_outputs(extended.shape[cut.axis], *axis, left[index], self.dilation[index])
+        if of_frame != cut.count * of_strip:
+            raise ValueError(
+                f"a convolution that gives {of_frame} {cut.name} of {cut.count * x.shape[cut.axis]} cannot be computed "
+                f"in {cut.count} strips: cut none"
+            )
+        return extended, left
 
 
 class FrameConv(Conv3d):
@@ -164,6 +181,8 @@ class CausalConv3d(nnx.Module):
     def _padded(self, x: Clip, padding: Padding, mode: PadMode) -> Clip:
         if mode == "constant":
             return self.conv.convolve(x, padding)
+        if strips().count > 1:
+            raise ValueError(f"{mode} padding cannot be computed in strips, which are padded with zeros: use constant")
         for size, pad, axis in zip(x.shape[1:4], padding, ("frames", "rows", "columns"), strict=True):
             if mode != "replicate" and max(pad) and max(pad) >= size + (mode == "circular"):
                 raise ValueError(

@@ -102,3 +102,12 @@ def pixel_frames(latents: int, factor: int) -> int:
     if latents < 1:
         raise ValueError(f"expected at least one latent frame, got {latents}")
     return factor * (latents - 1) + 1
+
+
+def steps_of_frames(frames: int, pixels: int, enough: int = 2048) -> tuple[int, int]:
+    """Gives in how many steps to take frames of so many pixels, and how many of them in each, so that it has enough.
+
+    The last step may have fewer: steps are as equal as they can be.
+    """
+    steps = -(-frames // max(1, -(-enough // pixels)))
+    return steps, -(-frames // steps)

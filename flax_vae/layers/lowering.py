@@ -12,7 +12,6 @@ again: `convolve`, `input_gradient`, `kernel_gradient`. They can be differentiat
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,27 +27,29 @@ from jax import lax
 from jaxtyping import Array
 
 from flax_vae.layers import winograd
-from flax_vae.layers.geometry import Pair, conv_outputs
+from flax_vae.layers.geometry import Pair, conv_outputs, steps_of_frames
 
 Lowering = Literal["platform", "plain", "frames", "winograd"]
 Triple = tuple[int, int, int]
 SMALL = 10_000_000  # multiplications under which a program compiled by frames would save less than it costs
 MOSTLY = 0.7  # of the products of frames and time taps, so many must be outputs' to compute all of them
 FEW = 100  # output channels up to which one convolution for all time taps is faster than one for each
-_lowering: contextvars.ContextVar[Lowering] = contextvars.ContextVar("lowering", default="platform")
+_lowering = jax.make_user_context("platform")  # which compiled programs are kept by
 
 
 @contextlib.contextmanager
-def lowered(lowering: Lowering) -> Iterator[None]:
+def lowered(way: Lowering) -> Iterator[None]:
     """Within it convolutions are traced to run in one way, where it can compute them, or as suits the platform.
 
     "plain" is XLA's own; what Winograd's products cannot compute runs by frames, and what these cannot, as XLA's own.
     """
-    token = _lowering.set(lowering)
-    try:
+    with _lowering(way):
         yield
-    finally:
-        _lowering.reset(token)
+
+
+def lowering() -> Lowering:
+    """Tells how convolutions are computed where this is called."""
+    return _lowering.value
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Window:
     padding: tuple[Pair, Pair, Pair]
     dilation: Triple = (1, 1, 1)
     groups: int = 1
-    lowering: Lowering = field(default_factory=_lowering.get)
+    lowering: Lowering = field(default_factory=lowering)
 
     def output_size(self, size: Sequence[int], kernel: Sequence[int]) -> tuple[int, ...]:
         """Gives the output's time, height and width, 0 where the input is too small."""
@@ -146,21 +147,26 @@ def _suits_frames(window: Window, size: Triple, kernel: tuple[int, ...]) -> bool
     return window.groups == 1 and sees_all and bool(sees_any)
 
 
-def _suits_winograd(window: Window, x: Array, kernel: tuple[int, ...]) -> bool:
-    """Tells whether Winograd's products compute this, and, where no lowering is asked for, whether they pay."""
-    taps, before_and_after = kernel[0], window.padding[0]
-    outputs = window.output_size(x.shape[1:4], kernel)
-    in_time = before_and_after in ((taps - 1, 0), (0, taps - 1), (0, 0))
+def _suits_winograd(window: Window, x: Array, kernel: tuple[int, ...], tiles: int) -> bool:
+    """Tells whether Winograd's products compute this, and, where no lowering is asked for, whether they pay.
+
+    For that a clip must have so many tiles of 2x2 outputs.
+    """
+    taps, outputs = kernel[0], window.output_size(x.shape[1:4], kernel)
+    in_time = window.padding[0] in ((taps - 1, 0), (0, taps - 1), (0, 0))
     in_space = kernel[1:3] == (3, 3) and min(map(min, window.padding[1:])) >= 0
     is_wide = x.dtype == wide_dtype(x)  # in bfloat16 the sums of tiles would be rounded
-    if not (is_wide and in_time and in_space) or {*window.stride, *window.dilation} != {1}:
+    if (
+        window.lowering == "frames"
+        or not (is_wide and in_time and in_space)
+        or {*window.stride, *window.dilation} != {1}
+    ):
         return False
-    tiles = len(x) * -(-outputs[1] // 2) * -(-outputs[2] // 2)
+    of_frame = len(x) * -(-outputs[1] // 2) * -(-outputs[2] // 2)
     pays = (
-        window.lowering == "platform"
-        and min(kernel[3:]) >= 64  # channels, for the matmuls
-        and tiles * math.prod(kernel[3:]) >= 4_000_000  # and products in each of them
-        and tiles * x.shape[1] >= 1000  # for the sums of the kernel, which are computed once
+        min(kernel[3:]) >= 64  # channels, for the matmuls
+        and of_frame * math.prod(kernel[3:]) >= 4_000_000  # products in each of them
+        and of_frame * x.shape[1] >= tiles
         and _share_seen(_time_taps(window, taps, x.shape[1], outputs[0]), taps, x.shape[1]) > MOSTLY
     )
     return pays or window.lowering == "winograd"
@@ -211,7 +217,7 @@ def _time_taps(window: Window, kernel: int, frames: int, outputs: int) -> list[T
 
 def _by_frames(x, kernel, window):
     """Convolves by Winograd's products where these pay, else by the taps of time."""
-    if not _suits_winograd(window, x, kernel.shape):
+    if not _suits_winograd(window, x, kernel.shape, tiles=1000):  # to pay for the sums of the kernel
         return _by_taps(x, kernel, window)
     before, after = window.padding[0]
     y = winograd.convolve(x, kernel, window.padding[1:], backwards=after > 0)
@@ -264,7 +270,7 @@ def _kernel_gradient_by_frames(x, dy, window, kernel):
 
     Frames are taken in as many turns as the time stride is: those of a turn are seen by the same taps.
     """
-    if _suits_winograd(window, x, (*kernel, x.shape[4], dy.shape[4])) and not window.padding[0][1]:
+    if _suits_winograd(window, x, (*kernel, x.shape[4], dy.shape[4]), tiles=150) and not window.padding[0][1]:
         dy = jnp.pad(dy, ((0, 0), (x.shape[1] - dy.shape[1], 0), (0, 0), (0, 0), (0, 0)))
         return winograd.kernel_gradient(x, dy, window.padding[1:], kernel[0])
     stride, taps = window.stride[0], [jnp.zeros((*kernel[1:], x.shape[4], dy.shape[4]), dy.dtype)] * kernel[0]
@@ -281,33 +287,28 @@ def _kernel_gradient_by_frames(x, dy, window, kernel):
 
 def _kernel_gradient_of_turn(x, dy, window, kernel, ahead):
     """Gives (H, W, I, tap, O) of the taps through which frame i is seen by output i + ahead."""
-    frames, (outputs, height, width, out) = x.shape[1], dy.shape[1:]
-    first = min(0, *ahead)
-    dy = jnp.pad(dy, ((0, 0), (-first, max(0, frames + max(ahead) - outputs)), (0, 0), (0, 0), (0, 0)))
+    (outputs, height, width, out), first = dy.shape[1:], min(0, *ahead)
+    steps, size = steps_of_frames(x.shape[1], len(x) * height * width)
+    x = jnp.pad(x, ((0, 0), (0, steps * size - x.shape[1]), (0, 0), (0, 0), (0, 0)))
+    dy = jnp.pad(dy, ((0, 0), (-first, max(0, steps * size + max(ahead) - outputs)), (0, 0), (0, 0), (0, 0)))
     rows, columns = (
         [slice(k * d, k * d + (n - 1) * s + 1, s) for k in range(taps)]
         for taps, d, n, s in zip(kernel[1:], window.dilation[1:], (height, width), window.stride[1:], strict=True)
     )
 
-    def add_frame(sums, i):
-        clip, frame = i // frames, i % frames
-        seen = _frame(x, clip, frame)
-        seen = jnp.concatenate([seen[:, column] for column in columns], axis=-1)
-        pulls = [_frame(dy, clip, frame + n - first) for n in ahead]
-        pulls = jnp.concatenate(pulls, axis=-1).reshape(height * width, len(ahead) * out)
-        of_rows = [seen[row].reshape(height * width, -1).T for row in rows]
+    def add_frames(sums, step):
+        seen = lax.dynamic_slice_in_dim(x, step * size, size, 1)
+        seen = jnp.concatenate([seen[:, :, :, column] for column in columns], axis=-1)
+        pulls = [lax.dynamic_slice_in_dim(dy, step * size + n - first, size, 1) for n in ahead]
+        pulls = jnp.concatenate(pulls, axis=-1).reshape(-1, len(ahead) * out)
+        of_rows = [seen[:, :, row].reshape(len(pulls), -1).T for row in rows]
         return [
             s + jnp.matmul(row, pulls, preferred_element_type=s.dtype) for s, row in zip(sums, of_rows, strict=True)
         ], None
 
     nothing = jnp.zeros((kernel[2] * x.shape[4], len(ahead) * out), wide_dtype(dy))
-    sums, _ = lax.scan(add_frame, [nothing] * kernel[1], jnp.arange(x.shape[0] * frames))
+    sums, _ = lax.scan(add_frames, [nothing] * kernel[1], jnp.arange(steps))
     return jnp.stack(sums).reshape(*kernel[1:], x.shape[4], len(ahead), out).astype(dy.dtype)
-
-
-def _frame(x, clip, frame):
-    """Gives H W C of B T H W C."""
-    return lax.dynamic_slice(x, (clip, frame, 0, 0, 0), (1, 1, *x.shape[2:]))[0, 0]
 
 
 def _conv2d_input_gradient(dy, kernel, window, size):

@@ -6,6 +6,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from flax_vae.layers.conv import Clip, check_clip, wide_dtype
+from flax_vae.layers.strips import strips
 
 
 class CausalGroupNorm(nnx.Module):
@@ -38,6 +39,6 @@ class CausalGroupNorm(nnx.Module):
         One axis after the other: sums of sums round less than one long sum. Channels stay one axis, over which loops
         are vectorized, until pixels are summed.
         """
-        of_channels = x.mean(axis=3).mean(axis=2)
+        of_channels = strips().mean(x.mean(axis=3).mean(axis=2))
         of_groups = of_channels.reshape(*x.shape[:2], self.num_groups, -1).mean(axis=3)
         return jnp.repeat(of_groups, self.num_channels // self.num_groups, axis=2)[:, :, None, None]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from flax_vae.layers.geometry import Pair
+from flax_vae.layers.geometry import Pair, steps_of_frames
 
 Terms = Sequence[Sequence[tuple[int, float]]]  # for each sum, what it is of, and the weights
 Sums = list[list[Array]]
@@ -52,22 +52,29 @@ def convolve(x: Array, kernel: Array, padding: tuple[Pair, Pair], backwards: boo
 def kernel_gradient(x: Array, dy: Array, padding: tuple[Pair, Pair], taps: int) -> Array:
     """Gives the gradient by the kernel of `convolve` from that by its output, with as many frames as the input."""
     channels, out = x.shape[4], dy.shape[4]
-    odd = [size % 2 for size in dy.shape[2:4]]
-    dy = jnp.pad(dy, ((0, 0), (0, taps - 1), *((0, pad) for pad in odd), (0, 0)))
-    x = tiled(x, padding)
+    x, (rows, columns) = tiled(x, padding), (size % 2 for size in dy.shape[2:4])
+    steps, size = steps_of_frames(x.shape[1], len(x) * dy.shape[2] * dy.shape[3])
+    missing = steps * size - x.shape[1]
+    x = jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0), (0, 0)))
+    dy = jnp.pad(dy, ((0, 0), (0, missing + taps - 1), (0, rows), (0, columns), (0, 0)))
 
     def step(sums, index):
-        frame = lax.dynamic_index_in_dim(x, index, 1, keepdims=False)
-        seen = input_sums(frame)
-        pulls = output_sums(lax.dynamic_slice_in_dim(dy, index, taps, 1))
+        seen = input_sums(images(lax.dynamic_slice_in_dim(x, index * size, size, 1)))
+        later = [images(lax.dynamic_slice_in_dim(dy, index * size + tap, size, 1)) for tap in range(taps)]
+        pulls = output_sums(jnp.stack(later, axis=1))
         products = [[over_pixels(a, b) for a, b in zip(*pair, strict=True)] for pair in zip(seen, pulls, strict=True)]
         return [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(sums, products, strict=True)], None
 
     nothing = jnp.zeros((channels, taps * out), x.dtype)
-    sums, _ = lax.scan(step, [[nothing] * 4] * 4, jnp.arange(x.shape[1]))
+    sums, _ = lax.scan(step, [[nothing] * 4] * 4, jnp.arange(steps))
     gradient = combined(lambda i, j: sums[i][j], transposed(KERNEL, 3))
     gradient = jnp.stack([jnp.stack(row) for row in gradient]).reshape(3, 3, channels, taps, out)
     return jnp.moveaxis(gradient, 3, 0)[::-1]
+
+
+def images(x: Array) -> Array:
+    """Brings (B, T, H, W, C) to (B * T, H, W, C)."""
+    return x.reshape(-1, *x.shape[2:])
 
 
 def tiled(x: Array, padding: tuple[Pair, Pair]) -> Array:

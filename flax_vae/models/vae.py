@@ -11,6 +11,7 @@ from flax_vae.io import checkpoint, port
 from flax_vae.layers.chunks import checked_chunk, fit_frames, in_chunks
 from flax_vae.layers.conv import CausalConv3d
 from flax_vae.layers.geometry import FramePolicy, fitted_frames
+from flax_vae.layers.strips import frames_in_strips, strips_for
 from flax_vae.models.config import VAEConfig
 from flax_vae.models.decoder import Decoder
 from flax_vae.models.encoder import Encoder
@@ -111,7 +112,7 @@ class CausalVideoVAE(nnx.Module):
     def moments_chunk(self, x: Video, carry=None) -> tuple[Latents, object]:
         """Gives what `encode_chunk` makes its distribution of: mean | logvar, (B, t, h, w, 2z), logvar unclamped."""
         check_video(x, self.config.encoder_in_channels)
-        moments, carry = self.encoder(jnp.asarray(x, self.dtype), carry)
+        moments, carry = in_strips(self.encoder, jnp.asarray(x, self.dtype), carry, self.config.spatial_factor)
         moments, _ = self.quant_conv(moments, ())
         return moments, carry
 
@@ -119,7 +120,15 @@ class CausalVideoVAE(nnx.Module):
         """Decodes the next latents of a stream; `carry` is None at its start, later what the last call returned."""
         check_video(z, self.config.latent_channels)
         z, _ = self.post_quant_conv(jnp.asarray(z, self.dtype), ())
-        return self.decoder(z, carry)
+        return in_strips(self.decoder, z, carry, 1)
+
+
+def in_strips(network: nnx.Module, x: Array, carry: object, factor: int) -> tuple[Array, object]:
+    """Runs an encoder or decoder on frames in as many strips as suit the platform; `factor` pixels are a latent."""
+    strips = strips_for(len(x), x.shape[2:4], factor)
+    with frames_in_strips(strips):
+        y, carry = network(strips.cut(x), carry)
+    return strips.join(y), carry
 
 
 def check_video(x: Array, channels: int) -> None:

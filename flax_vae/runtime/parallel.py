@@ -8,7 +8,9 @@ So a clip on a mesh is a tuple of parts: the first frame and the rest where time
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -24,6 +26,7 @@ from flax_vae.layers.chunks import Step, checked_chunk, in_chunks
 from flax_vae.layers.geometry import latent_frames
 from flax_vae.layers.lowering import lowered
 from flax_vae.layers.neighbour import FromNeighbour
+from flax_vae.layers.strips import shared_by_tpus
 from flax_vae.models.config import VAEConfig
 from flax_vae.runtime.mesh import check_sizes, clip_spec, placed
 
@@ -112,7 +115,7 @@ def _placed(sharding, leaf):
 
 def step_on_mesh(module: nnx.Module, step: Step, x: Any, carry: Any, mesh: Mesh) -> tuple[Any, Any]:
     """Gives what `step(module, x, carry)` gives of a chunk that `put_step` has placed; within a compiled program."""
-    with lowered("plain"):
+    with traced_for(mesh):
         if carry is None or mesh.shape["time"] == 1:
             result, after = step(module, x, carry)
         else:
@@ -120,6 +123,18 @@ def step_on_mesh(module: nnx.Module, step: Step, x: Any, carry: Any, mesh: Mesh)
             result, after = over_time(module, step, x, carry, mesh)
             after = jax.tree.map(lambda leaf: one_copy(0, leaf, mesh), after)
     return result, lax.with_sharding_constraint(after, placed(mesh, clip_spec(False)))
+
+
+@contextmanager
+def traced_for(mesh: Mesh | None) -> Iterator[None]:
+    """Within it layers are traced as suits the devices of a mesh: of TPUs that divide the batch alone, in strips."""
+    if mesh is None:
+        yield
+        return
+    divides_clips = math.prod(mesh.shape.values()) > mesh.shape["data"]
+    is_tpu = mesh.devices.flat[0].platform == "tpu"
+    with lowered("plain"), shared_by_tpus(mesh.shape["data"] if is_tpu and not divides_clips else 0):
+        yield  # by frames, XLA could not divide the batch
 
 
 def everywhere(tree: Any, mesh: Mesh) -> Any:
@@ -232,7 +247,7 @@ def of_frames(function: Callable[..., jax.Array], *clips: jax.Array, mesh: Mesh 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _run(structure, step, mesh, chunk, state, parts):
-    with lowered("plain"):  # by frames, XLA could not divide the batch
+    with traced_for(mesh):
         return in_parts(nnx.merge(structure, state), step, parts, mesh, chunk)
 
 

@@ -17,12 +17,21 @@ from jax.sharding import Mesh
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, UInt8
 
 from flax_vae.layers.geometry import latent_frames
-from flax_vae.layers.lowering import lowered
 from flax_vae.models.config import VAEConfig
 from flax_vae.models.posterior import DiagonalGaussian
 from flax_vae.models.vae import CausalVideoVAE
 from flax_vae.runtime.mesh import check_sizes, placed, weights_spec
-from flax_vae.runtime.parallel import Parts, abstract, check_clip, everywhere, in_parts, of_frames, parts_of, put
+from flax_vae.runtime.parallel import (
+    Parts,
+    abstract,
+    check_clip,
+    everywhere,
+    in_parts,
+    of_frames,
+    parts_of,
+    put,
+    traced_for,
+)
 from flax_vae.train import losses
 from flax_vae.train.config import TrainConfig
 from flax_vae.train.discriminator import CausalPatchDiscriminator, PatchDiscriminator
@@ -151,7 +160,7 @@ class Trainer:
         return vae
 
     def _step(self, state: TrainState, lpips: Any, frames: Parts, with_gan: bool) -> tuple[TrainState, Metrics]:
-        with lowered("platform" if self.mesh is None else "plain"):  # by frames, XLA could not divide the batch
+        with traced_for(self.mesh):
             return self._traced_step(state, lpips, frames, with_gan)
 
     def _traced_step(self, state, lpips, frames, with_gan):

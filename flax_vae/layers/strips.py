@@ -1,0 +1,129 @@
+"""Frames cut into strips, each an image of its own: B batch, T frames, H W pixels, C channels.
+
+A TPU computes a convolution for eight images at a time. Of fewer, XLA cuts the frames into eight parts by itself, and
+puts them together again for each norm. Within `frames_in_strips` they are cut once for all layers: (B, T, H, W, C)
+is (B * strips, T, H / strips, W, C), or the same of W. A convolution then takes the rows around a strip from the strips
+beside it, a norm averages over all strips of a frame, and attention joins them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from flax_vae.layers.geometry import Pair
+
+IMAGES = 8  # a TPU computes at a time
+
+
+@dataclass(frozen=True)
+class Strips:
+    """How frames are cut: across which axis of (B, T, H, W, C), 2 or 3, and into how many."""
+
+    axis: int = 2
+    count: int = 1
+
+    @property
+    def name(self) -> str:
+        """Names what is divided."""
+        return "rows" if self.axis == 2 else "columns"
+
+    def cut(self, x: Array) -> Array:
+        """Cuts (B, T, H, W, C) into (B * strips, T, H / strips, W, C)."""
+        if self.count == 1:
+            return x
+        x = x.reshape(*x.shape[: self.axis], self.count, -1, *x.shape[self.axis + 1 :])
+        return jnp.moveaxis(x, self.axis, 1).reshape(-1, *x.shape[1 : self.axis], *x.shape[self.axis + 1 :])
+
+    def join(self, x: Array) -> Array:
+        """Undoes `cut`."""
+        if self.count == 1:
+            return x
+        x = jnp.moveaxis(self.apart(x), 1, self.axis)
+        return x.reshape(*x.shape[: self.axis], -1, *x.shape[self.axis + 2 :])
+
+    def apart(self, x: Array) -> Array:
+        """Gives strips an axis of their own: (B * strips, ...) becomes (B, strips, ...)."""
+        return x.reshape(-1, self.count, *x.shape[1:])
+
+    def mean(self, x: Array) -> Array:
+        """Gives each strip the average of (B * strips, ...) over all strips of its frame."""
+        if self.count == 1:
+            return x
+        means = self.apart(x).mean(axis=1, keepdims=True)
+        return jnp.broadcast_to(means, (len(means), self.count, *x.shape[1:])).reshape(x.shape)
+
+    def extended(self, x: Array, padding: tuple[Pair, Pair, Pair]) -> tuple[Array, tuple[Pair, Pair, Pair]]:
+        """Puts the rows around each strip there that `padding` of time, height and width would fill with zeros.
+
+        Gives it, and the padding that is left. Zeros are around the first and the last strip. Raises ValueError for
+        strips of fewer rows than that.
+        """
+        before, after = padding[self.axis - 1]
+        if self.count == 1 or not (before or after):
+            return x, padding
+        if not 0 <= max(before, after) <= x.shape[self.axis] or min(before, after) < 0:
+            raise ValueError(
+                f"strips of {x.shape[self.axis]} {self.name} cannot be padded by {before} and {after}: "
+                "cut frames into fewer strips"
+            )
+        strips, axis = self.apart(x), self.axis + 1
+        last = jax.lax.slice_in_dim(strips, x.shape[self.axis] - before, None, axis=axis)
+        first = jax.lax.slice_in_dim(strips, 0, after, axis=axis)
+        around = [moved(last, 1), strips, moved(first, -1)]
+        time, rows, columns = ((0, 0) if i == self.axis - 1 else pair for i, pair in enumerate(padding))
+        x = jnp.concatenate(around, axis=axis)
+        return x.reshape(-1, *x.shape[2:]), (time, rows, columns)
+
+
+def moved(x: Array, steps: int) -> Array:
+    """Moves (B, strips, ...) by one strip, to the next or to the one before; zeros come to the place that is left."""
+    kept = x[:, :-1] if steps > 0 else x[:, 1:]
+    return jnp.pad(kept, ((0, 0), (1, 0) if steps > 0 else (0, 1), *((0, 0),) * (x.ndim - 2)))
+
+
+_strips = jax.make_user_context(Strips())  # compiled programs are kept by the values of both
+_devices = jax.make_user_context(None)
+
+
+def strips() -> Strips:
+    """Tells how frames are cut where this is called."""
+    return _strips.value
+
+
+@contextmanager
+def frames_in_strips(cut: Strips) -> Iterator[None]:
+    """Within it layers take what they get as strips."""
+    with _strips(cut):
+        yield
+
+
+@contextmanager
+def shared_by_tpus(devices: int | None) -> Iterator[None]:
+    """Within it models cut frames into strips, for so many TPUs that share each batch; for 0 they cut none.
+
+    Without it they do where jax computes on a TPU.
+    """
+    with _devices(devices):
+        yield
+
+
+def strips_for(batch: int, size: Sequence[int], factor: int) -> Strips:
+    """Gives the strips that make eight images a TPU of a batch of frames of a size (H, W), or as near as they come.
+
+    Height, or else width, is divided evenly, in strips of whole latents, `factor` pixels each.
+    """
+    devices = _devices.value
+    if devices is None:
+        devices = int(jax.default_backend() == "tpu")
+    if devices == 0 or batch % devices:
+        return Strips()
+    wanted = IMAGES // math.gcd(batch // devices, IMAGES)
+    rows, columns = (math.gcd(length // factor, wanted) if length % factor == 0 else 1 for length in size)
+    return Strips(2, rows) if rows >= columns else Strips(3, columns)

@@ -1,0 +1,134 @@
+"""Frames cut into strips give what whole frames give: latents, video, gradients and streams."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flax_vae.layers.attention import Attention
+from flax_vae.layers.blocks import MidBlock
+from flax_vae.layers.conv import CausalConv3d
+from flax_vae.layers.norm import CausalGroupNorm
+from flax_vae.layers.resample import SpatialDownsample, SpatialUpsample
+from flax_vae.layers.strips import Strips, frames_in_strips, shared_by_tpus, strips_for
+from flax_vae.models.config import narrow
+from flax_vae.models.vae import CausalVideoVAE
+
+LAYERS = {
+    "conv": lambda: CausalConv3d(4, 6, 3, rngs=nnx.Rngs(0)),
+    "conv-5x7": lambda: CausalConv3d(4, 6, (2, 5, 7), rngs=nnx.Rngs(0)),
+    "norm": lambda: CausalGroupNorm(2, 4, rngs=nnx.Rngs(0)),
+    "attention": lambda: Attention(4, 2, rngs=nnx.Rngs(0)),
+    "mid": lambda: MidBlock(4, 2, rngs=nnx.Rngs(0)),
+    "down": lambda: SpatialDownsample(4, rngs=nnx.Rngs(0)),
+    "up": lambda: SpatialUpsample(4, rngs=nnx.Rngs(0)),
+}
+
+
+def drawn(*shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(sum(shape)).standard_normal(shape))
+
+
+def output(layer, x):
+    y = layer(x)
+    return y[0] if isinstance(y, tuple) else y
+
+
+@pytest.mark.parametrize("cut", [Strips(2, 4), Strips(3, 2)], ids=["rows", "columns"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer_gives_in_strips_what_it_gives_of_whole_frames(name, cut):
+    with jax.enable_x64(True):
+        structure, state = nnx.split(LAYERS[name]())
+        state = jax.tree.map(lambda leaf: drawn(*leaf.shape), state)
+        x = drawn(2, 3, 16, 12, 4)
+
+        def in_strips(state, x):
+            with frames_in_strips(cut):
+                return cut.join(output(nnx.merge(structure, state), cut.cut(x)))
+
+        whole, pull = jax.vjp(lambda state, x: output(nnx.merge(structure, state), x), state, x)
+        strips, pull_strips = jax.vjp(in_strips, state, x)
+        dy = drawn(*whole.shape)
+        actual, expected = jax.tree.leaves((strips, pull_strips(dy))), jax.tree.leaves((whole, pull(dy)))
+        largest = max(np.abs(each).max() for each in expected)  # keys' biases have gradients of 0 but for rounding
+        for a, b in zip(actual, expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-13 * largest)
+
+
+def test_without_its_neighbours_a_strip_is_another_picture():
+    layer, x, cut = LAYERS["conv"](), drawn(1, 3, 16, 12, 4).astype(jnp.float32), Strips(2, 4)
+    apart = cut.join(layer(cut.cut(x))[0])
+    assert np.abs(apart - layer(x)[0]).max() > 1e-3
+
+
+@pytest.mark.parametrize("frame_by_frame", [False, True])
+def test_model_cuts_frames_where_tpus_compute_and_gives_the_same(frame_by_frame):
+    with jax.enable_x64(True):
+        config = narrow((4, 4, 4, 4), groups=2, encoder_layers=1, decoder_layers=1)
+        structure, state = nnx.split(CausalVideoVAE(config, rngs=nnx.Rngs(0)))
+        state = jax.tree.map(lambda leaf: 3 * leaf.astype(float) if leaf.dtype == jnp.float32 else leaf, state)
+        vae = nnx.merge(structure, state)
+        vae.encoder.frame_by_frame = vae.decoder.frame_by_frame = frame_by_frame
+        video = drawn(2, 17, 32, 24, 3)
+
+        def coded(vae, video):
+            latents = vae.encode(video, chunk=8).mean
+            first, carry = vae.decode_chunk(latents[:, :2])
+            rest, _ = vae.decode_chunk(latents[:, 2:], carry)
+            return latents, jnp.concatenate([first, rest], axis=1)
+
+        expected = coded(vae, video)
+        with shared_by_tpus(1):
+            text = str(jax.make_jaxpr(lambda video: vae.encode(video).mean)(video))
+            actual = coded(vae, video)
+        assert "f64[8,17,8,24,4]" in text  # two clips, four strips each
+        for a, b in zip(actual, expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-12 * np.abs(b).max())
+
+
+@given(
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(1, 6),
+    st.integers(1, 6),
+    st.sampled_from([2, 3]),
+)
+def test_joined_strips_are_the_frames(batch, frames, count, rows, columns, axis):
+    size = [rows, columns]
+    size[axis - 2] *= count
+    x, cut = np.arange(batch * frames * size[0] * size[1] * 2).reshape(batch, frames, *size, 2), Strips(axis, count)
+    assert cut.cut(jnp.asarray(x)).shape[0] == batch * count
+    np.testing.assert_array_equal(cut.join(cut.cut(jnp.asarray(x))), x)
+
+
+@pytest.mark.parametrize(
+    ("devices", "batch", "size", "expected"),
+    [
+        (1, 1, (256, 256), Strips(2, 8)),
+        (16, 16, (256, 256), Strips(2, 8)),
+        (1, 4, (256, 256), Strips(2, 2)),
+        (1, 8, (256, 256), Strips(2, 1)),
+        (1, 1, (720, 1280), Strips(3, 8)),
+        (1, 1, (24, 20), Strips(2, 1)),
+        (0, 1, (256, 256), Strips(2, 1)),
+        (None, 1, (256, 256), Strips(2, 1)),
+    ],
+)
+def test_eight_strips_a_tpu_are_cut_where_they_fit(devices, batch, size, expected):
+    with shared_by_tpus(devices):
+        assert strips_for(batch, size, 8) == expected
+
+
+def test_what_strips_cannot_pad_is_refused():
+    cut, x = Strips(2, 8), drawn(8, 3, 1, 4, 4).astype(jnp.float32)
+    with frames_in_strips(cut):
+        with pytest.raises(ValueError, match="strips of 1 rows cannot be padded by 2 and 2: cut frames into fewer"):
+            CausalConv3d(4, 4, (1, 5, 1), rngs=nnx.Rngs(0))(x)
+        with pytest.raises(ValueError, match="gives 30 rows of 32 cannot be computed in 8 strips: cut none"):
+            CausalConv3d(4, 4, (1, 3, 3), dilation=2, rngs=nnx.Rngs(0))(jnp.zeros((8, 3, 4, 4, 4)))
+        with pytest.raises(ValueError, match="replicate padding cannot be computed in strips"):
+            CausalConv3d(4, 4, (1, 3, 3), pad_mode="replicate", rngs=nnx.Rngs(0))(x)
