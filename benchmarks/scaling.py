@@ -84,15 +84,15 @@ def exchanged(report: Report) -> int:
 
 def plan_table(reports: dict[str, Report]) -> str:
     """Gives a row for each plan, in Markdown."""
-    lines = ["| flax-vae plan | memory | flops | bytes | exchanged | at least | compiling |"]
-    lines += ["|---|---:|---:|---:|---:|---:|---:|"]
+    lines = ["| flax-vae plan | memory | flops | bytes | exchanged | at least |"]
+    lines += ["|---|---:|---:|---:|---:|---:|"]
     for words, report in reports.items():
         memory = f"{amount(report.needed)} of {amount(report.available)}"
         work = ["-"] * 3
         if report.fits:
             work = [scaled(report.flops or 0), amount(report.bytes), amount(exchanged(report))]
         least = f"{duration(report.longest)}, by {report.bound}" if report.fits else "does not fit"
-        cells = [f"`{words}`", memory, *work, least, duration(report.compile_seconds or 0)]
+        cells = [f"`{words}`", memory, *work, least]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
