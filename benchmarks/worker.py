@@ -24,7 +24,6 @@ from benchmarks.peak import loaded_bytes, peak_above, status
 from benchmarks.speed import OURS, PLAIN, Device, Measured, Precision, Row
 from benchmarks.subjects import config, random_values
 from benchmarks.tasks import Ready, flax_ready, flax_task, input_shapes, set_up_jax, set_up_torch, started, torch_ready
-from flax_vae.runtime.heap import keep_freed_memory
 
 SQUARE = {"cpu": 2048, "gpu": 8192}  # rows of the matrices that the rate is measured with
 PRODUCTS = 20
@@ -34,7 +33,6 @@ def main(request: str) -> None:
     """Answers a request, and then each line; an error is an answer too, and the last."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no answer
-    keep_freed_memory()  # for all ways, as the commands of flax_vae do
     try:
         for answer in answers_to(**json.loads(request)):
             answers.write(json.dumps(answer) + "\n")

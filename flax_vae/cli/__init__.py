@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NoReturn, Union
 
 from flax_vae.runtime.cluster import is_joined, leave
-from flax_vae.runtime.heap import keep_freed_memory
 
 COMMANDS = ("info", "port", "encode", "decode", "reconstruct", "eval", "extract", "train", "export", "plan", "demo")
 EXTRAS = {
@@ -44,7 +43,6 @@ def main(args: Sequence[str] | None = None) -> None:
     a bug and shows its traceback.
     """
     signal.signal(signal.SIGTERM, terminate)
-    keep_freed_memory()
     try:
         call(list(sys.argv[1:] if args is None else args))
     except KeyboardInterrupt as stop:
