@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ["layers", "io", "models", "runtime", "train", "cli"]
-LAYERS = {"geometry": 0, "winograd": 1, "neighbour": 1, "lowering": 2, "conv": 3, "norm": 4}
+LAYERS = {"geometry": 0, "winograd": 1, "neighbour": 1, "strips": 1, "lowering": 2, "conv": 3, "norm": 4}
 LAYERS |= {"attention": 5, "resnet": 5, "resample": 5, "chunks": 6, "blocks": 7}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "flax_vae"}
 TORCH = {"torch", "torchvision", "torch_ref"}
@@ -73,7 +73,7 @@ def forbidden(name, imported, lazy):
         return "arrows only point forward"
     own, other = (LAYERS.get(n.removeprefix("flax_vae.layers."), -1) for n in (name, imported))
     return (
-        "inside layers: geometry, winograd and neighbour, lowering, conv, norm, the rest, chunks, blocks"
+        "inside layers: geometry, winograd, neighbour and strips, lowering, conv, norm, the rest, chunks, blocks"
         if 0 <= own <= other
         else None
     )

@@ -40,5 +40,6 @@ class CausalGroupNorm(nnx.Module):
         are vectorized, until pixels are summed.
         """
         of_channels = strips().mean(x.mean(axis=3).mean(axis=2))
-        of_groups = of_channels.reshape(*x.shape[:2], self.num_groups, -1).mean(axis=3)
-        return jnp.repeat(of_groups, self.num_channels // self.num_groups, axis=2)[:, :, None, None]
+        size = self.num_channels // self.num_groups
+        of_groups = of_channels.reshape(*x.shape[:2], self.num_groups, size).mean(axis=3)
+        return jnp.repeat(of_groups, size, axis=2)[:, :, None, None]

@@ -38,19 +38,21 @@ class Strips:
         """Cuts (B, T, H, W, C) into (B * strips, T, H / strips, W, C)."""
         if self.count == 1:
             return x
-        x = x.reshape(*x.shape[: self.axis], self.count, -1, *x.shape[self.axis + 1 :])
-        return jnp.moveaxis(x, self.axis, 1).reshape(-1, *x.shape[1 : self.axis], *x.shape[self.axis + 1 :])
+        size = x.shape[self.axis] // self.count
+        x = x.reshape(*x.shape[: self.axis], self.count, size, *x.shape[self.axis + 1 :])
+        return together(jnp.moveaxis(x, self.axis, 1))
 
     def join(self, x: Array) -> Array:
         """Undoes `cut`."""
         if self.count == 1:
             return x
+        size = self.count * x.shape[self.axis]
         x = jnp.moveaxis(self.apart(x), 1, self.axis)
-        return x.reshape(*x.shape[: self.axis], -1, *x.shape[self.axis + 2 :])
+        return x.reshape(*x.shape[: self.axis], size, *x.shape[self.axis + 2 :])
 
     def apart(self, x: Array) -> Array:
         """Gives strips an axis of their own: (B * strips, ...) becomes (B, strips, ...)."""
-        return x.reshape(-1, self.count, *x.shape[1:])
+        return x.reshape(len(x) // self.count, self.count, *x.shape[1:])
 
     def mean(self, x: Array) -> Array:
         """Gives each strip the average of (B * strips, ...) over all strips of its frame."""
@@ -78,8 +80,12 @@ class Strips:
         first = jax.lax.slice_in_dim(strips, 0, after, axis=axis)
         around = [moved(last, 1), strips, moved(first, -1)]
         time, rows, columns = ((0, 0) if i == self.axis - 1 else pair for i, pair in enumerate(padding))
-        x = jnp.concatenate(around, axis=axis)
-        return x.reshape(-1, *x.shape[2:]), (time, rows, columns)
+        return together(jnp.concatenate(around, axis=axis)), (time, rows, columns)
+
+
+def together(x: Array) -> Array:
+    """Undoes `Strips.apart`: (B, strips, ...) becomes (B * strips, ...)."""
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
 def moved(x: Array, steps: int) -> Array:
