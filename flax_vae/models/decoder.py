@@ -2,7 +2,7 @@
 
 from flax import nnx
 
-from flax_vae.layers.blocks import MidBlock, Output, UpBlock, thread
+from flax_vae.layers.blocks import MidBlock, Output, UpBlock, thread_in_strips
 from flax_vae.layers.conv import CausalConv3d, Clip
 from flax_vae.layers.norm import CausalGroupNorm
 from flax_vae.models.config import VAEConfig
@@ -36,4 +36,4 @@ class Decoder(nnx.Module):
     def __call__(self, z: Clip, carry=None):
         """Decodes latents or a chunk of them; returns the frames and the carry."""
         layers = [self.conv_in, self.mid_block, *self.up_blocks, Output(self.conv_norm_out, self.conv_out)]
-        return thread(layers, z, carry, self.remat, self.frame_by_frame)
+        return thread_in_strips(layers, z, carry, self.remat, self.frame_by_frame, 1)

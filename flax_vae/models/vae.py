@@ -11,7 +11,6 @@ from flax_vae.io import checkpoint, port
 from flax_vae.layers.chunks import checked_chunk, fit_frames, in_chunks
 from flax_vae.layers.conv import CausalConv3d
 from flax_vae.layers.geometry import FramePolicy, fitted_frames
-from flax_vae.layers.strips import Strips, frames_in_strips, strips_for
 from flax_vae.models.config import VAEConfig
 from flax_vae.models.decoder import Decoder
 from flax_vae.models.encoder import Encoder
@@ -112,7 +111,7 @@ class CausalVideoVAE(nnx.Module):
     def moments_chunk(self, x: Video, carry=None) -> tuple[Latents, object]:
         """Gives what `encode_chunk` makes its distribution of: mean | logvar, (B, t, h, w, 2z), logvar unclamped."""
         check_video(x, self.config.encoder_in_channels)
-        moments, carry = in_strips(self.encoder, jnp.asarray(x, self.dtype), carry, self.config.spatial_factor)
+        moments, carry = self.encoder(jnp.asarray(x, self.dtype), carry)
         moments, _ = self.quant_conv(moments, ())
         return moments, carry
 
@@ -120,18 +119,7 @@ class CausalVideoVAE(nnx.Module):
         """Decodes the next latents of a stream; `carry` is None at its start, later what the last call returned."""
         check_video(z, self.config.latent_channels)
         z, _ = self.post_quant_conv(jnp.asarray(z, self.dtype), ())
-        return in_strips(self.decoder, z, carry, 1)
-
-
-def in_strips(network: Encoder | Decoder, x: Array, carry: object, factor: int) -> tuple[Array, object]:
-    """Runs an encoder or decoder on frames in as many strips as suit the platform; `factor` pixels are a latent.
-
-    Frame by frame they stay whole: what it is for is memory, and 720p in strips takes 27.4 GiB of a TPU, not 15.6.
-    """
-    strips = Strips() if network.frame_by_frame else strips_for(len(x), x.shape[2:4], factor)
-    with frames_in_strips(strips):
-        y, carry = network(strips.cut(x), carry)
-    return strips.join(y), carry
+        return self.decoder(z, carry)
 
 
 def check_video(x: Array, channels: int) -> None:
