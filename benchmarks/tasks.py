@@ -186,7 +186,7 @@ def flax_ready(row: Row, device: Device, is_plain: bool, free: int | None) -> Re
     compiled = program.compile()
     took = {"trace": traced - start, "compile": time.perf_counter() - traced}
     if free is not None:
-        check_memory(compiled.memory_analysis(), free)
+        check_memory(compiled, free)
 
     def call():
         nonlocal state
@@ -198,12 +198,11 @@ def flax_ready(row: Row, device: Device, is_plain: bool, free: int | None) -> Re
     return Ready(call, lambda x: np.asarray(x, np.float32), took)
 
 
-def check_memory(told: Any, free: int) -> None:
+def check_memory(compiled: Any, free: int) -> None:
     """Raises MemoryError where a process that runs a program would take more than is free."""
-    from flax_vae.runtime.plan import format_bytes, process_bytes
+    from flax_vae.runtime.plan import compiled_bytes, format_bytes, process_bytes
 
-    arrays = told.argument_size_in_bytes + told.output_size_in_bytes + told.temp_size_in_bytes
-    needed = process_bytes(arrays - told.alias_size_in_bytes)
+    needed = process_bytes(compiled_bytes(compiled))
     if needed > free:
         raise MemoryError(f"not run: it would take about {format_bytes(needed)}, and {format_bytes(free)} are free")
 

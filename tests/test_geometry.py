@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 
 from flax_vae.layers.geometry import (
+    ENOUGH,
     causal_padding,
     conv_output_size,
     latent_frames,
     lax_padding,
     pixel_frames,
+    steps_of_frames,
     triple,
 )
 
@@ -127,3 +129,11 @@ def test_other_numbers_of_frames_are_refused_with_the_nearest_that_fit(frames, f
 def test_no_latents_decode_to_no_clip(latents):
     with pytest.raises(ValueError, match=f"at least one latent frame, got {latents}"):
         pixel_frames(latents, 8)
+
+
+@given(st.integers(1, 200), st.integers(1, 3 * ENOUGH))
+def test_steps_take_every_frame_and_none_is_empty(frames, pixels):
+    steps, size = steps_of_frames(frames, pixels)
+    assert (steps - 1) * size < frames <= steps * size
+    assert (size - 1) * pixels < ENOUGH  # no more frames than it takes
+    assert steps == 1 or 2 * size * pixels > ENOUGH

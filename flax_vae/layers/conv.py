@@ -5,6 +5,7 @@ B batch, T frames, H W pixels, C channels; arrays are B T H W C, kernels are T H
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
-from flax_vae.layers.geometry import Pair, causal_padding, conv_output_size, conv_outputs, triple
+from flax_vae.layers.geometry import Pair, causal_padding, conv_output_size, triple
 from flax_vae.layers.lowering import Window, convolve, wide_dtype
 from flax_vae.layers.neighbour import FromNeighbour, frames_before
 from flax_vae.layers.strips import strips
@@ -75,26 +76,27 @@ class Conv3d(nnx.Module):
 
     def convolve(self, x: Clip, padding: Padding) -> Clip:
         """Convolves with the given padding of time, height and width; too few frames give no frame."""
+        window = Window(self.stride, padding, self.dilation, self.groups)
         if strips().count > 1:
-            x, padding = self._around_strips(x, padding)
+            x, window = self._around_strips(x, window)
         kernel = self.kernel[...]
         kernel = kernel.reshape(*self.kernel_size, *kernel.shape[-2:])
-        y: Any = convolve(x, kernel, Window(self.stride, padding, self.dilation, self.groups))
+        y: Any = convolve(x, kernel, window)
         return y if self.bias is None else add_bias(y, self.bias[...])
 
-    def _around_strips(self, x: Clip, padding: Padding) -> tuple[Clip, Padding]:
+    def _around_strips(self, x: Clip, window: Window) -> tuple[Clip, Window]:
         """Puts around each strip what is beside it; ValueError where outputs of the frame are none of any strip's."""
         cut, index = strips(), strips().axis - 1
-        extended, left = cut.extended(x, padding)
-        axis = self.kernel_size[index], self.stride[index]
-        of_frame = conv_outputs(cut.count * x.shape[cut.axis], *axis, padding[index], self.dilation[index])
-        of_strip = conv_outputs(extended.shape[cut.axis], *axis, left[index], self.dilation[index])
-        if of_frame != cut.count * of_strip:
+        frame = [size * (cut.count if axis == cut.axis else 1) for axis, size in enumerate(x.shape)][1:4]
+        x, padding = cut.extended(x, window.padding)
+        of_strips = replace(window, padding=padding)
+        wanted = window.output_size(frame, self.kernel_size)[index]
+        if wanted != cut.count * of_strips.output_size(x.shape[1:4], self.kernel_size)[index]:
             raise ValueError(
-                f"a convolution that gives {of_frame} {cut.name} of {cut.count * x.shape[cut.axis]} cannot be computed "
-                f"in {cut.count} strips: cut none"
+                f"a convolution that gives {wanted} {cut.name} of {frame[index]} cannot be computed in {cut.count} "
+                "strips: cut none"
             )
-        return extended, left
+        return x, of_strips
 
 
 class FrameConv(Conv3d):

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 FramePolicy = Literal["error", "pad", "trim"]  # what to do with frames that do not complete a latent
 Pair = tuple[int, int]
 Triple = tuple[int, int, int]
+ENOUGH = 2048  # pixels that a step of a gradient by a kernel takes, where a clip has them
 
 
 def triple(value: int | Sequence[int]) -> Triple:
@@ -104,10 +105,10 @@ def pixel_frames(latents: int, factor: int) -> int:
     return factor * (latents - 1) + 1
 
 
-def steps_of_frames(frames: int, pixels: int, enough: int = 2048) -> tuple[int, int]:
-    """Gives in how many steps to take frames of so many pixels, and how many of them in each, so that it has enough.
+def steps_of_frames(frames: int, pixels: int) -> tuple[int, int]:
+    """Gives in how many steps to take frames of so many pixels, and how many of them in each, for `ENOUGH` pixels.
 
     The last step may have fewer: steps are as equal as they can be.
     """
-    steps = -(-frames // max(1, -(-enough // pixels)))
+    steps = -(-frames // -(-ENOUGH // pixels))
     return steps, -(-frames // steps)

@@ -27,10 +27,9 @@ from jax import lax
 from jaxtyping import Array
 
 from flax_vae.layers import winograd
-from flax_vae.layers.geometry import Pair, conv_outputs, steps_of_frames
+from flax_vae.layers.geometry import Pair, Triple, conv_outputs, steps_of_frames
 
 Lowering = Literal["platform", "plain", "frames", "winograd"]
-Triple = tuple[int, int, int]
 SMALL = 10_000_000  # multiplications under which a program compiled by frames would save less than it costs
 MOSTLY = 0.7  # of the products of frames and time taps, so many must be outputs' to compute all of them
 FEW = 100  # output channels up to which one convolution for all time taps is faster than one for each

@@ -70,7 +70,7 @@ class Strips:
         before, after = padding[self.axis - 1]
         if self.count == 1 or not (before or after):
             return x, padding
-        if not 0 <= max(before, after) <= x.shape[self.axis] or min(before, after) < 0:
+        if min(before, after) < 0 or max(before, after) > x.shape[self.axis]:
             raise ValueError(
                 f"strips of {x.shape[self.axis]} {self.name} cannot be padded by {before} and {after}: "
                 "cut frames into fewer strips"

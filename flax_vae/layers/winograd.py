@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import add
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
@@ -34,8 +35,8 @@ def convolve(x: Array, kernel: Array, padding: tuple[Pair, Pair], backwards: boo
     spectrum = kernel_sums(jnp.concatenate(list(kernel), axis=-1))
 
     def step(later, frame):
-        sums = [[a @ b for a, b in zip(*pair, strict=True)] for pair in zip(input_sums(frame), spectrum, strict=True)]
-        sums = [[each.reshape(*each.shape[:3], taps, out) for each in row] for row in sums]
+        sums = jax.tree.map(jnp.matmul, input_sums(frame), spectrum)
+        sums = jax.tree.map(lambda each: each.reshape(*each.shape[:3], taps, out), sums)
         parts = [output_pixels(sums, tap) for tap in (range(taps) if backwards else reversed(range(taps)))]
         now, *later = [a + b for a, b in zip([*later, 0], parts, strict=True)]
         return later, now
@@ -61,9 +62,8 @@ def kernel_gradient(x: Array, dy: Array, padding: tuple[Pair, Pair], taps: int) 
     def step(sums, index):
         seen = input_sums(images(lax.dynamic_slice_in_dim(x, index * size, size, 1)))
         later = [images(lax.dynamic_slice_in_dim(dy, index * size + tap, size, 1)) for tap in range(taps)]
-        pulls = output_sums(jnp.stack(later, axis=1))
-        products = [[over_pixels(a, b) for a, b in zip(*pair, strict=True)] for pair in zip(seen, pulls, strict=True)]
-        return [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(sums, products, strict=True)], None
+        products = jax.tree.map(over_pixels, seen, output_sums(jnp.stack(later, axis=1)))
+        return jax.tree.map(add, sums, products), None
 
     nothing = jnp.zeros((channels, taps * out), x.dtype)
     sums, _ = lax.scan(step, [[nothing] * 4] * 4, jnp.arange(steps))

@@ -13,7 +13,7 @@ class Encoder(nnx.Module):
 
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
         self.remat, self.frame_by_frame = config.remat, config.frame_by_frame
-        self.factor = config.spatial_factor
+        self.spatial_factor = config.spatial_factor
         widths, groups = config.encoder_block_out_channels, config.encoder_norm_num_groups
         dropout = config.encoder_block_dropout
         self.conv_in = CausalConv3d(config.encoder_in_channels, widths[0], 3, rngs=rngs)
@@ -37,4 +37,4 @@ class Encoder(nnx.Module):
     def __call__(self, x: Clip, carry=None):
         """Encodes a clip or a chunk of one; returns the moments and the carry."""
         layers = [self.conv_in, *self.down_blocks, self.mid_block, Output(self.conv_norm_out, self.conv_out)]
-        return thread_in_strips(layers, x, carry, self.remat, self.frame_by_frame, self.factor)
+        return thread_in_strips(layers, x, carry, self.remat, self.frame_by_frame, self.spatial_factor)

@@ -8,7 +8,6 @@ So a clip on a mesh is a tuple of parts: the first frame and the rest where time
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -131,10 +130,11 @@ def traced_for(mesh: Mesh | None) -> Iterator[None]:
     if mesh is None:
         yield
         return
-    divides_clips = math.prod(mesh.shape.values()) > mesh.shape["data"]
+    divides_clips = mesh.size > mesh.shape["data"]
     is_tpu = mesh.devices.flat[0].platform == "tpu"
+    # by frames, XLA could not divide the batch
     with lowered("plain"), shared_by_tpus(mesh.shape["data"] if is_tpu and not divides_clips else 0):
-        yield  # by frames, XLA could not divide the batch
+        yield
 
 
 def everywhere(tree: Any, mesh: Mesh) -> Any:

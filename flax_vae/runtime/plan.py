@@ -113,11 +113,17 @@ def step_bytes(step: Compiled, first: jax.ShapeDtypeStruct, later: jax.ShapeDtyp
 
 
 def program_bytes(traced: jax.stages.Traced) -> int:
-    """Compiles a program and counts its arguments, results and temporaries; ValueError where jax does not tell."""
-    memory = traced.lower().compile().memory_analysis()
+    """Compiles a program and counts as `compiled_bytes` does."""
+    return compiled_bytes(traced.lower().compile())
+
+
+def compiled_bytes(compiled: jax.stages.Compiled) -> int:
+    """Counts a program's arguments, results and temporaries, shared ones once; ValueError where jax does not tell."""
+    memory = compiled.memory_analysis()
     if memory is None:
         raise ValueError(f"what a program takes is not known on {jax.default_backend()}: it cannot be planned for")
-    return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    arrays = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return arrays - memory.alias_size_in_bytes
 
 
 def process_bytes(arrays: int) -> int:
