@@ -38,14 +38,19 @@ from flax_vae.io.files import replacing
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "numpy")
 BUSY = 0.5  # load average; most of all torch suffers, whose threads wait for each other
 PRECISIONS: dict[Device, tuple[Precision, ...]] = {"cpu": ("float32",), "gpu": ("tf32", "bfloat16")}
-USUAL = tyro.conf.arg(help_behavior_hint="(default: float32 on a cpu, tf32 and bfloat16 on a gpu)")
+SIZES: dict[Device, tuple[str, ...]] = {"cpu": ("9x64", "17x64", "9x128"), "gpu": ("9x256", "17x256", "9x512")}
+
+
+def usual(of_cpu: str, of_gpu: str) -> object:
+    """Tells in `--help` what is taken where nothing is given."""
+    return tyro.conf.arg(help_behavior_hint=f"(default: {of_cpu} on a cpu, {of_gpu} on a gpu)")
 
 
 @dataclass(frozen=True)
 class Options:
     presets: tuple[Preset, ...] = ("small", "full")
     """models: tiny has 3 million parameters, small 14, full 335"""
-    sizes: tuple[str, ...] = ("9x64", "17x64", "9x128")
+    sizes: Annotated[tuple[str, ...], usual(*map(" ".join, SIZES.values()))] = ()
     """clips: 8k + 1 frames x height and width in pixels, a multiple of 8"""
     jobs: tuple[Task, ...] = get_args(Task)
     """gradient is that of the mean squared error of a reconstruction; train is a step of AdamW on L1 and KL"""
@@ -53,7 +58,7 @@ class Options:
     """what flax_vae is compared with"""
     rounds: int = 5
     """how often both are timed; ratios are of times in the same round, and the median is told"""
-    precision: Annotated[tuple[Precision, ...], USUAL] = ()
+    precision: Annotated[tuple[Precision, ...], usual(*map(" ".join, PRECISIONS.values()))] = ()
     """of weights and of what is computed"""
     device: Device = "cpu"
     """what both frameworks compute on"""
@@ -63,7 +68,7 @@ class Options:
     """folder for speed.json, which has every time of every round, speed.png, and workers.log"""
 
 
-SHORT = Options(("small",), ("9x64",), ("encode", "decode", "gradient"), ("eager", "channels_last_3d"), 3)
+SHORT = Options(("small",), (), ("encode", "decode", "gradient"), ("eager", "channels_last_3d"), 3)
 
 
 def main() -> None:
@@ -106,7 +111,7 @@ def rows_of(options: Options) -> Iterator[Row]:
         raise SystemExit("--precision tf32: a cpu has none, expected float32 or bfloat16")
     if options.rounds < 1:
         raise SystemExit(f"--rounds {options.rounds}: expected at least 1")
-    sizes = [parsed(text) for text in options.sizes]
+    sizes = [parsed(text) for text in options.sizes or SIZES[options.device][: 1 if options.short else None]]
     for preset, precision in itertools.product(options.presets, precisions(options)):
         for task, (frames, size) in itertools.product(options.jobs, sizes):
             yield Row(preset, precision, task, frames, size)

@@ -25,11 +25,15 @@ JAX_PRECISION = {"float32": "highest", "tf32": "default", "bfloat16": "default"}
 
 
 class Ready(NamedTuple):
-    """A task that can be called: what that gives, read as B T H W C in float32, and what making ready took."""
+    """A task that can be called: what that gives, read as B T H W C in float32, and what making ready took.
+
+    Where a compiler tells it, with the bytes that a call takes above its arguments.
+    """
 
     call: Callable[[], Sequence[Any]]
     read: Callable[[Any], np.ndarray]
     seconds: dict[str, float]
+    above: int | None
 
 
 def input_shapes(row: Row) -> list[tuple[int, ...]]:
@@ -171,7 +175,8 @@ def flax_ready(row: Row, device: Device, is_plain: bool, free: int | None) -> Re
     import jax
     import jax.numpy as jnp
 
-    from flax_vae.layers.lowering import lowered
+    from flax_vae.layers.window import lowered
+    from flax_vae.runtime.plan import compiled_bytes
 
     dtype = set_up_jax(device, row.precision)
     function, weights = flax_task(row.task, flax_model(row.preset))
@@ -179,9 +184,15 @@ def flax_ready(row: Row, device: Device, is_plain: bool, free: int | None) -> Re
     rng, is_training = np.random.default_rng(0), row.task == "train"
     inputs = [jnp.asarray(random_values(rng, shape), dtype) for shape in input_shapes(row)]
 
+    state, structure = jax.tree.flatten(state)  # jax would do it at each call, in Python
+
+    def of_leaves(state, *inputs):
+        results = function(jax.tree.unflatten(structure, state), *inputs)
+        return (jax.tree.leaves(results[0]), *results[1:]) if is_training else results
+
     start = time.perf_counter()
     with lowered("plain" if is_plain else "platform"):
-        program = jax.jit(function, donate_argnums=0 if is_training else ()).lower(state, *inputs)
+        program = jax.jit(of_leaves, donate_argnums=0 if is_training else ()).lower(state, *inputs)
     traced = time.perf_counter()
     compiled = program.compile()
     took = {"trace": traced - start, "compile": time.perf_counter() - traced}
@@ -195,7 +206,8 @@ def flax_ready(row: Row, device: Device, is_plain: bool, free: int | None) -> Re
             state, *results = results
         return results
 
-    return Ready(call, lambda x: np.asarray(x, np.float32), took)
+    above = compiled_bytes(compiled) - compiled.memory_analysis().argument_size_in_bytes
+    return Ready(call, lambda x: np.asarray(x, np.float32), took, above)
 
 
 def check_memory(compiled: Any, free: int) -> None:
@@ -227,4 +239,4 @@ def torch_ready(row: Row, device: Device, is_compiled: bool, is_channels_last: b
         array = x.detach().float().cpu().numpy()
         return np.moveaxis(array, 1, -1) if array.ndim == 5 else array
 
-    return Ready(call, read, {})
+    return Ready(call, read, {}, None)

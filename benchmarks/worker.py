@@ -64,7 +64,7 @@ def calls(way: str, device: Device, row: Row, free: int | None) -> Iterator[Meas
     took["first"] = timed(lambda: results.extend(ready.call()))
     found = outcome(row, [ready.read(result) for result in results])
     results.clear()
-    yield {"took": took, "outcome": found, "memory": memory_of(ready.call, way, device)}
+    yield {"took": took, "outcome": found, "memory": memory_of(ready, device)}
     for _ in sys.stdin:
         yield {"seconds": timed(ready.call)}
 
@@ -85,24 +85,23 @@ def outcome(row: Row, arrays: list[np.ndarray]) -> list[list[int]]:
     return [[sum(array.size for array in arrays)]]
 
 
-def memory_of(call: Callable[[], Any], way: str, device: Device) -> dict[str, int]:
+def memory_of(ready: Ready, device: Device) -> dict[str, int]:
     """Gives the most bytes that a call takes above what is held without it, and that the process has ever taken.
 
-    On a gpu, of its memory. There jax cannot forget a peak, so that of compiling and of the first call counts too.
+    On a gpu, of its memory. There jax cannot forget a peak, so what a call takes is what the compiler tells.
     """
     if device == "cpu":
-        return host_memory(call)
-    if way in (OURS, PLAIN):
+        return host_memory(ready.call)
+    if ready.above is not None:
         import jax
 
-        call()
         told = jax.local_devices()[0].memory_stats() or {}
-        return {"above": told["peak_bytes_in_use"] - told["bytes_in_use"], "process": told["peak_bytes_in_use"]}
+        return {"above": ready.above, "process": told["peak_bytes_in_use"]}
     import torch
 
     before, loaded = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    call()
+    ready.call()
     peak = torch.cuda.max_memory_allocated()
     return {"above": peak - loaded, "process": max(before, peak)}
 
@@ -152,7 +151,7 @@ def flops_of(row: Row) -> float:
     from flax import nnx
 
     from flax_vae import CausalVideoVAE
-    from flax_vae.layers.lowering import lowered
+    from flax_vae.layers.window import lowered
 
     vae = nnx.eval_shape(lambda: CausalVideoVAE(config(row.preset), rngs=nnx.Rngs(0)))
     vae.eval()

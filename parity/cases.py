@@ -16,7 +16,7 @@ from flax import nnx
 
 import flax_vae
 import torch_ref
-from flax_vae.layers.lowering import Lowering, lowered
+from flax_vae.layers.window import Lowering, lowered
 from flax_vae.models.config import narrow
 from flax_vae.runtime.tile import LossyTiles, LossyTiling, in_lossy_tiles
 from flax_vae.train import discriminator, losses, lpips
@@ -397,6 +397,12 @@ CASES = [
     computed("frames", causal("stride-2x1x1", 3, (2, 1, 1))),
     computed("frames", causal("dilation-2", 3, dilation=2, shape=(2, 7, 7, 9, 6))),
     computed("frames", causal("clip-shorter-than-kernel", (5, 3, 3), shape=(2, 2, 3, 4, 6))),
+    computed("stacked", causal("3x3x3", 3)),
+    computed("stacked", causal("2x5x3-stride-2x3x2", (2, 5, 3), (2, 3, 2), shape=(2, 7, 8, 9, 6))),
+    computed("stacked", causal("stride-1x2x2", 3, (1, 2, 2))),
+    computed("stacked", causal("stride-2x1x1", 3, (2, 1, 1))),
+    computed("stacked", causal("dilation-2", 3, dilation=2, shape=(2, 7, 7, 9, 6))),
+    computed("stacked", causal("clip-shorter-than-kernel", (5, 3, 3), shape=(2, 2, 3, 4, 6))),
     computed("winograd", causal("3x3x3", 3)),
     computed("winograd", causal("1x3x3", (1, 3, 3), shape=(3, 4, 9, 5, 6))),
     computed("winograd", causal("replicate", 3, pad_mode="replicate")),

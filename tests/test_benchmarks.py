@@ -10,7 +10,8 @@ from benchmarks import __main__ as benchmark
 from benchmarks import speed_report
 from benchmarks.speed import OURS, Failed, Row, Worker, best_torch, compared, ratio, seconds
 from benchmarks.speed_report import Found
-from flax_vae.layers.lowering import Window, convolve, lowered
+from flax_vae.layers.lowering import convolve
+from flax_vae.layers.window import Window, lowered
 
 ROW = Row("small", "float32", "encode", 9, 64)
 READY = {"took": {"trace": 1.0, "compile": 2.0, "first": 3.0}, "outcome": [[1]], "memory": {"above": 2**20}}

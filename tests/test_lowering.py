@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flax_vae.layers.conv import CausalConv3d
-from flax_vae.layers.lowering import Window, convolve, kernel_gradient, lowered
+from flax_vae.layers.lowering import convolve, kernel_gradient
+from flax_vae.layers.window import Window, lowered
 
 CAUSAL = ((2, 0), (1, 1), (1, 1))
 CASES = {
@@ -43,7 +44,7 @@ def gradients(window: Window, x: jax.Array, kernel: jax.Array):
     return y, pull(dy), jax.grad(squares, (0, 1, 2))(x, kernel, dy)
 
 
-WAYS = [("frames", name) for name in CASES] + [
+WAYS = [(way, name) for way in ("frames", "stacked") for name in CASES] + [
     ("winograd", name) for name in ("causal", "carried", "before-the-end", "frames-of-odd-size")
 ]
 

@@ -15,9 +15,10 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from flax_vae.layers.geometry import Pair, causal_padding, conv_output_size, triple
-from flax_vae.layers.lowering import Window, convolve, wide_dtype
+from flax_vae.layers.lowering import convolve
 from flax_vae.layers.neighbour import FromNeighbour, frames_before
 from flax_vae.layers.strips import strips
+from flax_vae.layers.window import Window, wide_dtype
 
 PadMode = Literal["constant", "replicate", "reflect", "circular"]
 Padding = tuple[Pair, Pair, Pair]

@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array
 
 from flax_vae.layers.geometry import Pair, steps_of_frames
+from flax_vae.layers.window import images
 
 Terms = Sequence[Sequence[tuple[int, float]]]  # for each sum, what it is of, and the weights
 Sums = list[list[Array]]
@@ -70,11 +71,6 @@ def kernel_gradient(x: Array, dy: Array, padding: tuple[Pair, Pair], taps: int) 
     gradient = combined(lambda i, j: sums[i][j], transposed(KERNEL, 3))
     gradient = jnp.stack([jnp.stack(row) for row in gradient]).reshape(3, 3, channels, taps, out)
     return jnp.moveaxis(gradient, 3, 0)[::-1]
-
-
-def images(x: Array) -> Array:
-    """Brings (B, T, H, W, C) to (B * T, H, W, C)."""
-    return x.reshape(-1, *x.shape[2:])
 
 
 def tiled(x: Array, padding: tuple[Pair, Pair]) -> Array:

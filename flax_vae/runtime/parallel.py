@@ -23,9 +23,9 @@ from jax.sharding import PartitionSpec as Spec
 
 from flax_vae.layers.chunks import Step, checked_chunk, in_chunks
 from flax_vae.layers.geometry import latent_frames
-from flax_vae.layers.lowering import lowered
 from flax_vae.layers.neighbour import FromNeighbour
 from flax_vae.layers.strips import shared_by_tpus
+from flax_vae.layers.window import lowered
 from flax_vae.models.config import VAEConfig
 from flax_vae.runtime.mesh import check_sizes, clip_spec, placed
 
