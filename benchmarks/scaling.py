@@ -24,13 +24,12 @@ from flax_vae.runtime.ahead import Report, Request, compiled_ahead
 
 PLANS = [
     "train --topology v5e:4x4 --batch 16 --fsdp",
-    "train --topology v5e:4x4 --batch 32 --mesh data=8,height=2 --fsdp --chunk 8",
     "train --topology v5p:2x2x2 --batch 32",
     "decode --topology v5e:1x1 --batch 1 --frames 121 --size 720x1280 --precision bfloat16 --frame-by-frame",
     "decode --topology v5e:2x4 --batch 1 --frames 121 --size 720x1280 --precision bfloat16 --mesh width=8 --chunk 8",
 ]
 CHIPS = {1: "1x1", 4: "2x2", 16: "4x4", 64: "8x8", 256: "16x16"}
-WEAK = "train --topology v5e:{shape} --batch {chips} --fsdp --chunk 8"
+WEAK = "train --topology v5e:{shape} --batch {chips} --fsdp"
 
 
 def main() -> None:

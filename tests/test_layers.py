@@ -24,6 +24,7 @@ from flax_vae import (
     UpBlock,
     thread,
 )
+from flax_vae.layers import attention as layers_attention
 
 hypothesis = pytest.importorskip("hypothesis")
 given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
@@ -199,6 +200,26 @@ def test_attention_is_among_the_pixels_of_one_frame(randomized, noise):
     assert apart(y, attention(np.asarray(x), layer)) < 1e-12
     layer.to_q, layer.to_k = layer.to_k, layer.to_q
     assert apart(y, attention(np.asarray(x), layer)) > 1e-3
+
+
+@pytest.mark.parametrize("most", [1500, 200, 1])
+def test_attention_in_parts_of_columns_is_the_same(most, randomized, noise, monkeypatch):
+    layer, x = randomized(lambda rngs: Attention(CHANNELS, 2, rngs=rngs)), noise((2, 3, 4, 6, CHANNELS))
+
+    def values(x):
+        y, pull = jax.vjp(layer, x)
+        return y, *pull(jnp.cos(y))
+
+    whole = values(x)
+    monkeypatch.setattr(layers_attention, "MOST_SCORES", most)
+    assert layers_attention.parts_of_columns(3, 4, 6) == {1500: 2, 200: 6, 1: 6}[most]
+    assert all(apart(ours, theirs) < 1e-12 for ours, theirs in zip(values(x), whole, strict=True))
+
+
+def test_attention_of_a_large_frame_never_holds_all_scores():
+    layer, x = Attention(CHANNELS, 2, rngs=nnx.Rngs(0)), jax.ShapeDtypeStruct((1, 1, 96, 96, CHANNELS), jnp.float32)
+    gradient = jax.jit(jax.grad(lambda x: layer(x).sum()))
+    assert gradient.lower(x).compile().memory_analysis().temp_size_in_bytes < 4 * (96 * 96) ** 2
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """All ways of computing a convolution give the same, and so do the gradients of their gradients."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -144,3 +146,19 @@ def test_winograds_products_are_taken_where_they_pay(shape, channels, is_winogra
     window = Window((1, 1, 1), ((0, 0), (1, 1), (1, 1)))
     text = str(jax.make_jaxpr(lambda *inputs: convolve(*inputs, window))(x, kernel))
     assert ("dot_general" in text) == is_winograds
+
+
+@pytest.mark.parametrize(
+    ("platform", "kernel", "axes"),
+    [("cuda", 3, 2), ("cuda", 1, 2), ("rocm", 3, 3), ("tpu", 3, 3), ("tpu", 1, 2), ("cpu", 3, 2)],
+)
+def test_what_each_platform_computes_as_images(platform, kernel, axes):
+    x, weights = jax.ShapeDtypeStruct((1, 5, 32, 32, 48), jnp.bfloat16), (kernel, 3, 3, 48, 48)
+    window = Window((1, 1, 1), ((kernel - 1, 0), (1, 1), (1, 1)))
+
+    def gradients(x, kernel):
+        return jax.vjp(lambda *pair: convolve(*pair, window), x, kernel)[1](x)
+
+    program = jax.jit(gradients).trace(x, jax.ShapeDtypeStruct(weights, jnp.bfloat16))
+    text = program.lower(lowering_platforms=(platform,)).as_text()
+    assert {dims.count(",") for dims in re.findall(r"dim_numbers = \[([^]]*)\]", text)} == {axes + 1}

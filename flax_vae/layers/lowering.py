@@ -1,7 +1,8 @@
 """How a convolution is computed: by XLA's own, or, where that is slow, by 2D convolutions and matmuls.
 
 B batch, T frames, H W pixels, C channels; arrays are B T H W C, kernels are T H W I O. A CPU computes by frames
-(frames.py), an NVIDIA GPU one 2D convolution of stacked frames (stacked.py). docs/performance.md has the figures.
+(frames.py), an NVIDIA GPU one 2D convolution of stacked frames (stacked.py), and so does a TPU where an output sees but
+one frame: it computes eight images at a time, and frames are images. docs/performance.md has the figures.
 
 A convolution is linear in the clip and in the kernel. So are its two gradients, and theirs are these three functions
 again: `convolve`, `input_gradient`, `kernel_gradient`. They can be differentiated any number of times, in reverse mode.
@@ -96,7 +97,8 @@ def _computed(ways: Ways, left: Array, right: Array, window: Window, size, kerne
         return (by_stacks if window.lowering == "stacked" else by_frames)(left, right)
     if left.shape[0] * math.prod(outputs) * math.prod(kernel) < SMALL:
         return plain(left, right)
-    return lax.platform_dependent(left, right, cpu=by_frames, cuda=by_stacks, default=plain)
+    of_images = by_stacks if kernel[0] == 1 and max(kernel[1:3]) > 1 else plain
+    return lax.platform_dependent(left, right, cpu=by_frames, cuda=by_stacks, tpu=of_images, default=plain)
 
 
 def _plain(x, kernel, window):

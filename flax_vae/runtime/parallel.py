@@ -131,9 +131,10 @@ def traced_for(mesh: Mesh | None) -> Iterator[None]:
         yield
         return
     divides_clips = mesh.size > mesh.shape["data"]
-    is_tpu = mesh.devices.flat[0].platform == "tpu"
-    # by frames, XLA could not divide the batch
-    with lowered("plain"), shared_by_tpus(mesh.shape["data"] if is_tpu and not divides_clips else 0):
+    platform = mesh.devices.flat[0].platform
+    # XLA could not divide frames that are images with others, and not the batch of what a CPU computes by frames
+    way = "plain" if divides_clips or platform == "cpu" else "platform"
+    with lowered(way), shared_by_tpus(mesh.shape["data"] if platform == "tpu" and not divides_clips else 0):
         yield
 
 

@@ -1,0 +1,109 @@
+"""What cutting frames into strips saves on a TPU: python -m benchmarks.strips
+
+Compiles tasks of the released model for one v5e that need not be there, in strips and in XLA's way, in bfloat16. Prints
+what each takes as the compiler plans it, beside a floor: the bytes when each convolution and product of matrices
+reads its operands once and writes its result once, and all between them costs nothing. Minutes for each program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from typing import Any, get_args
+
+from benchmarks.speed import Row, Task
+from benchmarks.subjects import Preset, config
+from flax_vae.cli.plan_screen import amount, duration, scaled
+from flax_vae.runtime.ahead import TPU
+from flax_vae.runtime.chips import parse_topology
+
+CHIP = "v5e:1x1"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=get_args(Preset), default="full", help="model (default: full)")
+    parser.add_argument("--jobs", nargs="+", choices=get_args(Task), default=["encode", "decode"], help="tasks")
+    parser.add_argument("--frames", type=int, default=17, help="8k + 1 frames of the clip (default: 17)")
+    parser.add_argument("--size", type=int, default=256, help="its height and width (default: 256)")
+    args = parser.parse_args()
+    os.environ.update(TPU)
+    print("| | temporaries | bytes | flops | by bytes | by flops |\n|---|---:|---:|---:|---:|---:|")
+    for job in args.jobs:
+        for line in lines(Row(args.preset, "bfloat16", job, args.frames, args.size)):
+            print(line, flush=True)
+
+
+def lines(row: Row) -> Iterator[str]:
+    """Yields rows of a Markdown table: XLA's way, strips, and the floor."""
+    import jax
+
+    from benchmarks.worker import flops_of
+    from flax_vae.cli.planned import devices_of
+    from flax_vae.layers.strips import shared_by_tpus
+    from flax_vae.layers.window import lowered
+    from flax_vae.runtime.hlo import program
+
+    topology = parse_topology(CHIP)
+    function, arguments = lowerable(row, devices_of(topology)[0])
+    for way, devices in (("XLA's way", 0), ("strips", 1)):
+        with shared_by_tpus(devices):
+            compiled = jax.jit(function).lower(*arguments).compile()
+        found = program(compiled.as_text() or "")
+        temporaries = compiled.memory_analysis().temp_size_in_bytes
+        yield line(f"{row.name}, {way}", amount(temporaries), found.bytes, found.flops, topology.chip)
+    with lowered("plain"):
+        traced = jax.make_jaxpr(function)(*arguments)
+    yield line(f"{row.name}, floor", "-", operand_bytes(traced.jaxpr), flops_of(row), topology.chip)
+
+
+def line(name: str, temporaries: str, moved: int, flops: float, chip: Any) -> str:
+    """Gives a row of the table; times are at the chip's full bandwidth, and at its peak rate."""
+    times = duration(moved / chip.memory_bandwidth), duration(flops / chip.peak)
+    return f"| {' | '.join([name, temporaries, amount(moved), scaled(flops), *times])} |"
+
+
+def lowerable(row: Row, device: Any) -> tuple[Any, list[Any]]:
+    """Gives a task as a function, and what it is traced with: shapes on a device."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+    from jax.sharding import SingleDeviceSharding
+
+    from benchmarks.tasks import flax_task, input_shapes, started
+    from flax_vae import CausalVideoVAE
+
+    place = SingleDeviceSharding(device)
+    vae = nnx.eval_shape(lambda: CausalVideoVAE(config(row.preset), rngs=nnx.Rngs(0)))
+    vae.eval()
+    function, weights = flax_task(row.task, vae)
+
+    def placed(leaf):
+        dtype = jnp.bfloat16 if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place)
+
+    state = jax.tree.map(placed, jax.eval_shape(lambda weights: started(row.task, weights), weights))
+    inputs = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place) for shape in input_shapes(row)]
+    return function, [state, *inputs]
+
+
+def operand_bytes(jaxpr: Any) -> int:
+    """Adds up the bytes of operands and results of convolutions and products of matrices; a loop's count each turn."""
+    from jax.extend.core import ClosedJaxpr, Jaxpr
+
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("conv_general_dilated", "dot_general"):
+            arrays = [each.aval for each in (*equation.invars, *equation.outvars)]
+            total += sum(array.size * array.dtype.itemsize for array in arrays)
+            continue
+        for value in equation.params.values():
+            inner = value.jaxpr if isinstance(value, ClosedJaxpr) else value
+            if isinstance(inner, Jaxpr):
+                total += operand_bytes(inner) * equation.params.get("length", 1)
+    return total
+
+
+if __name__ == "__main__":
+    main()
