@@ -24,6 +24,7 @@ from benchmarks.peak import loaded_bytes, peak_above, status
 from benchmarks.speed import OURS, PLAIN, Device, Measured, Precision, Row
 from benchmarks.subjects import config, random_values
 from benchmarks.tasks import Ready, flax_ready, flax_task, input_shapes, set_up_jax, set_up_torch, started, torch_ready
+from flax_vae.runtime.flags import order_for_memory
 
 SQUARE = {"cpu": 2048, "gpu": 8192}  # rows of the matrices that the rate is measured with
 PRODUCTS = 20
@@ -31,6 +32,7 @@ PRODUCTS = 20
 
 def main(request: str) -> None:
     """Answers a request, and then each line; an error is an answer too, and the last."""
+    order_for_memory()  # as the commands do
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no answer
     try:

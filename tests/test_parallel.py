@@ -13,7 +13,10 @@ from jax import lax
 from little import CONFIG
 
 from flax_vae import CausalVideoVAE, to_uint8
+from flax_vae.layers import attention
+from flax_vae.layers.lowering import convolve
 from flax_vae.layers.neighbour import FromNeighbour
+from flax_vae.layers.window import Window
 from flax_vae.models.config import narrow
 from flax_vae.runtime import parallel, stream
 from flax_vae.runtime.hlo import program
@@ -221,6 +224,28 @@ def test_devices_exchange_borders_and_sums_and_no_clips(expected):
     pixels = 32 * 32  # of a frame of latents
     gathered = {dims for each in found if each.kind == "all-gather" for _, dims in each.arrays if math.prod(dims) > 64}
     assert all(len(dims) == 4 and dims[2] == pixels for dims in gathered), gathered
+
+
+@pytest.mark.parametrize("stride", [(1, 1, 1), (1, 2, 2), (2, 1, 1)])
+def test_stacked_frames_leave_the_batch_divided(stride):
+    mesh = mesh_of("data=8")
+    x, kernel = (
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=jax.NamedSharding(mesh, jax.P(*axes)))
+        for shape, axes in (((8, 5, 16, 16, 48), ["data"]), ((3, 3, 3, 48, 48), []))
+    )
+    window = Window(stride, ((2, 0), (1, 1), (1, 1)), lowering="stacked")
+    gradients = jax.jit(jax.grad(lambda *inputs: jnp.square(convolve(*inputs, window)).sum(), (0, 1)))
+    assert {each.kind for each in program(gradients.lower(x, kernel).compile().as_text()).exchanges} == {"all-reduce"}
+
+
+@pytest.mark.parametrize("text", ["height=2", "width=4"])
+def test_attention_in_parts_exchanges_pixels_and_no_scores(text, monkeypatch):
+    monkeypatch.setattr(attention, "MOST_SCORES", 20_000)
+    places = jax.NamedSharding(mesh_of(text), jax.P("data", "time", "height", "width"))
+    x = jax.ShapeDtypeStruct((1, 1, 16, 16, 8), jnp.float32, sharding=places)
+    found = program(jax.jit(attention.attend, out_shardings=places).lower(x, x, x).compile().as_text()).exchanges
+    assert {each.kind for each in found} <= {"all-gather", "all-reduce"}
+    assert max(math.prod(dims) for each in found for _, dims in each.arrays) <= math.prod(x.shape)
 
 
 def test_a_halo_without_its_gradient_would_be_noticed(expected, monkeypatch):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NoReturn, Union
 
 from flax_vae.runtime.cluster import is_joined, leave
+from flax_vae.runtime.flags import order_for_memory
 
 COMMANDS = ("info", "port", "encode", "decode", "reconstruct", "eval", "extract", "train", "export", "plan", "demo")
 EXTRAS = {
@@ -43,6 +44,7 @@ def main(args: Sequence[str] | None = None) -> None:
     a bug and shows its traceback.
     """
     signal.signal(signal.SIGTERM, terminate)
+    order_for_memory()
     try:
         call(list(sys.argv[1:] if args is None else args))
     except KeyboardInterrupt as stop:

@@ -1,0 +1,50 @@
+"""XLA orders a CPU's programs for memory where a process asks for it, and takes less."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from flax_vae.runtime.flags import FOR_MANY_CORES, order_for_memory
+
+CONVOLUTIONS = """
+from flax_vae.runtime.flags import order_for_memory
+if {ordered}:
+    order_for_memory()
+import jax, jax.numpy as jnp
+from flax import nnx
+from flax_vae import CausalConv3d
+layers = [CausalConv3d(256, 256, 3, rngs=nnx.Rngs(0)) for _ in range(6)]
+def convolved(layers, x):
+    for layer in layers:
+        x, _ = layer(x)
+    return x
+program = jax.jit(convolved).lower(layers, jax.ShapeDtypeStruct((1, 5, 32, 32, 256), jnp.float32)).compile()
+print(program.memory_analysis().temp_size_in_bytes)
+"""
+
+
+def temporary_bytes(ordered: bool) -> int:
+    variables = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    command = [sys.executable, "-c", CONVOLUTIONS.format(ordered=ordered)]
+    return int(subprocess.run(command, env=variables, capture_output=True, text=True, check=True).stdout)
+
+
+def test_a_program_takes_less_memory():
+    assert temporary_bytes(ordered=True) < 0.9 * temporary_bytes(ordered=False)
+
+
+@pytest.mark.parametrize("flags", ["", "--xla_cpu_max_isa=AVX2", f"--{FOR_MANY_CORES}=true"])
+def test_flags_of_the_user_stay(flags, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    order_for_memory()
+    assert os.environ["XLA_FLAGS"].startswith(flags)
+    assert os.environ["XLA_FLAGS"].count(FOR_MANY_CORES) == 1
+
+
+def test_a_jaxlib_that_may_not_know_the_flag_gets_none(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr("flax_vae.runtime.flags.version", lambda name: "0.12.0")
+    order_for_memory()
+    assert os.environ["XLA_FLAGS"] == ""
