@@ -2,7 +2,7 @@
 
 Compiles the released model for TPUs that need not be there, as `flax-vae plan` does, and writes what it finds beside
 docs/scaling.md: plans.json, which keeps every plan so that one is compiled once, and weak_scaling.png. Prints both
-tables of that page. A step of training took 30 to 43 minutes to compile on two busy cores, and up to 13 GiB of memory.
+tables of that page. A step of training takes half an hour to compile, one core, and up to 14 GiB of memory.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def draw(reports: dict[int, Report], path: Path) -> None:
         "bytes exchanged (GB)": [exchanged(report) / 1e9 for report in reports.values()],
     }
     for name, values in curves.items():
-        work.plot(chips, values, "o-", label=name)
+        work.plot(chips, [value or float("nan") for value in values], "o-", label=name)  # 0 has no place on a log scale
     for name in ("flops", "memory", "interconnect"):
         time.plot(chips, [(report.seconds or {})[name] for report in reports.values()], "o-", label=name)
     work.set(title="work of a chip in a step", yscale="log")

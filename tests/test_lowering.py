@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flax_vae.layers.conv import CausalConv3d
-from flax_vae.layers.lowering import convolve, kernel_gradient
+from flax_vae.layers.lowering import _computed, convolve, kernel_gradient
 from flax_vae.layers.window import Window, lowered
 
 CAUSAL = ((2, 0), (1, 1), (1, 1))
@@ -162,3 +162,12 @@ def test_what_each_platform_computes_as_images(platform, kernel, axes):
     program = jax.jit(gradients).trace(x, jax.ShapeDtypeStruct(weights, jnp.bfloat16))
     text = program.lower(lowering_platforms=(platform,)).as_text()
     assert {dims.count(",") for dims in re.findall(r"dim_numbers = \[([^]]*)\]", text)} == {axes + 1}
+
+
+def test_gradients_that_are_not_jitted_are_compiled_once():
+    window, x, kernel = Window((1, 1, 1), CAUSAL), drawn(1, 4, 5, 6, 3), drawn(3, 3, 3, 3, 2)
+    compiled = []
+    for _ in range(2):
+        jax.grad(lambda *pair: convolve(*pair, window).sum(), (0, 1))(x, kernel)
+        compiled.append(_computed._cache_size())
+    assert compiled[0] == compiled[1] > 0

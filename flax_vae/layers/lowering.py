@@ -30,21 +30,21 @@ SMALL = 10_000_000  # multiplications under which a program of another way would
 def convolve(x: Array, kernel: Array, window: Window) -> Array:
     """Convolves a clip; sums are taken in float32 or better."""
     ways = Ways(_plain, stacked.convolve, frames.convolve)
-    return _computed(ways, x, kernel, window, x.shape[1:4], kernel.shape)
+    return _computed(ways, x, kernel, (window,), x.shape[1:4], kernel.shape)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def input_gradient(dy: Array, kernel: Array, window: Window, size: Triple) -> Array:
     """Gives the gradient by a clip of this time, height and width, from that by what `convolve` makes of it."""
     ways = Ways(_plain_input_gradient, stacked.input_gradient, frames.input_gradient)
-    return _computed(ways.of(size=size), dy, kernel, window, size, kernel.shape)
+    return _computed(ways, dy, kernel, (window, size), size, kernel.shape)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def kernel_gradient(x: Array, dy: Array, window: Window, kernel: Triple) -> Array:
     """Gives the gradient by a kernel of this time, height and width, from that by what `convolve` makes with it."""
     ways = Ways(_plain_kernel_gradient, stacked.kernel_gradient, frames.kernel_gradient)
-    return _computed(ways.of(kernel=kernel), x, dy, window, x.shape[1:4], (*kernel, x.shape[4], dy.shape[4]))
+    return _computed(ways, x, dy, (window, kernel), x.shape[1:4], (*kernel, x.shape[4], dy.shape[4]))
 
 
 def _convolve_backward(window, inputs, dy):
@@ -73,21 +73,18 @@ kernel_gradient.defvjp(_with_inputs(kernel_gradient), _kernel_gradient_backward)
 
 
 class Ways(NamedTuple):
-    """The same function of two arrays and a window, computed in three ways."""
+    """The same function of two arrays, a window, and perhaps more, computed in three ways."""
 
     plain: Callable
     stacked: Callable
     frames: Callable
 
-    def of(self, **given) -> Ways:
-        """Gives the ways with more arguments given."""
-        return Ways(*(partial(way, **given) for way in self))
-
 
 @partial(jax.jit, static_argnums=(0, 3, 4, 5), inline=True)
-def _computed(ways: Ways, left: Array, right: Array, window: Window, size, kernel) -> Array:
-    """Computes by what the window's lowering says, for a clip of this size and a kernel of this shape."""
-    plain, by_stacks, by_frames = ways.of(window=window)
+def _computed(ways: Ways, left: Array, right: Array, rest: tuple, size: Triple, kernel: tuple[int, ...]) -> Array:
+    """Computes by what the window, first of the rest, says, for a clip of this size and a kernel of this shape."""
+    window = rest[0]
+    plain, by_stacks, by_frames = (lambda left, right, way=way: way(left, right, *rest) for way in ways)
     outputs = window.output_size(size, kernel)
     if window.lowering == "plain" or window.groups > 1 or 0 in outputs or not window.time_taps(kernel[0], size[0]):
         return plain(left, right)
@@ -97,8 +94,10 @@ def _computed(ways: Ways, left: Array, right: Array, window: Window, size, kerne
         return (by_stacks if window.lowering == "stacked" else by_frames)(left, right)
     if left.shape[0] * math.prod(outputs) * math.prod(kernel) < SMALL:
         return plain(left, right)
-    of_images = by_stacks if kernel[0] == 1 and max(kernel[1:3]) > 1 else plain
-    return lax.platform_dependent(left, right, cpu=by_frames, cuda=by_stacks, tpu=of_images, default=plain)
+    of_platforms = {"cpu": by_frames, "cuda": by_stacks}
+    if kernel[0] == 1 and max(kernel[1:3]) > 1:
+        of_platforms["tpu"] = by_stacks
+    return lax.platform_dependent(left, right, default=plain, **of_platforms)
 
 
 def _plain(x, kernel, window):
