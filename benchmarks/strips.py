@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any, get_args
 
 from benchmarks.speed import Row, Task
-from benchmarks.subjects import Preset, config
+from benchmarks.subjects import Preset
 from flax_vae.cli.plan_screen import amount, duration, scaled
 from flax_vae.runtime.ahead import TPU
 from flax_vae.runtime.chips import parse_topology
@@ -68,24 +68,16 @@ def lowerable(row: Row, device: Any) -> tuple[Any, list[Any]]:
     """Gives a task as a function, and what it is traced with: shapes on a device."""
     import jax
     import jax.numpy as jnp
-    from flax import nnx
     from jax.sharding import SingleDeviceSharding
 
-    from benchmarks.tasks import flax_task, input_shapes, started
-    from flax_vae import CausalVideoVAE
-
-    place = SingleDeviceSharding(device)
-    vae = nnx.eval_shape(lambda: CausalVideoVAE(config(row.preset), rngs=nnx.Rngs(0)))
-    vae.eval()
-    function, weights = flax_task(row.task, vae)
+    from benchmarks.tasks import abstract_task
 
     def placed(leaf):
         dtype = jnp.bfloat16 if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype
-        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=SingleDeviceSharding(device))
 
-    state = jax.tree.map(placed, jax.eval_shape(lambda weights: started(row.task, weights), weights))
-    inputs = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place) for shape in input_shapes(row)]
-    return function, [state, *inputs]
+    function, state, inputs = abstract_task(row)
+    return function, jax.tree.map(placed, [state, *inputs])
 
 
 def operand_bytes(jaxpr: Any) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from benchmarks.speed import Device, Precision, Row, Task
-from benchmarks.subjects import chunk_shape, flax_model, random_values, to_torch, torch_model
+from benchmarks.subjects import chunk_shape, config, flax_model, random_values, to_torch, torch_model
 from flax_vae.train.config import LossConfig, OptimizerConfig
 
 if TYPE_CHECKING:
@@ -90,6 +90,21 @@ def flax_task(task: Task, vae: CausalVideoVAE) -> tuple[Callable[..., tuple], An
 def started(task: Task, weights: Any) -> Any:
     """Gives the state that a task of flax_vae starts from: the weights, to train with AdamW's moments."""
     return (weights, adamw().init(weights)) if task == "train" else weights
+
+
+def abstract_task(row: Row) -> tuple[Callable[..., tuple], Any, list[Any]]:
+    """Gives a task of flax_vae as a function, and the shapes of its state and of its inputs, in float32."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from flax_vae import CausalVideoVAE
+
+    vae = nnx.eval_shape(lambda: CausalVideoVAE(config(row.preset), rngs=nnx.Rngs(0)))
+    vae.eval()
+    function, weights = flax_task(row.task, vae)
+    state = jax.eval_shape(lambda weights: started(row.task, weights), weights)
+    return function, state, [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in input_shapes(row)]
 
 
 def adamw() -> optax.GradientTransformation:

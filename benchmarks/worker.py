@@ -22,8 +22,8 @@ import numpy as np
 
 from benchmarks.peak import loaded_bytes, peak_above, status
 from benchmarks.speed import OURS, PLAIN, Device, Measured, Precision, Row
-from benchmarks.subjects import config, random_values
-from benchmarks.tasks import Ready, flax_ready, flax_task, input_shapes, set_up_jax, set_up_torch, started, torch_ready
+from benchmarks.subjects import random_values
+from benchmarks.tasks import Ready, abstract_task, flax_ready, set_up_jax, set_up_torch, torch_ready
 from flax_vae.runtime.flags import order_for_memory
 
 SQUARE = {"cpu": 2048, "gpu": 8192}  # rows of the matrices that the rate is measured with
@@ -149,17 +149,10 @@ def flops_of(row: Row) -> float:
     Products with the zeros around a clip are none.
     """
     import jax
-    import jax.numpy as jnp
-    from flax import nnx
 
-    from flax_vae import CausalVideoVAE
     from flax_vae.layers.window import lowered
 
-    vae = nnx.eval_shape(lambda: CausalVideoVAE(config(row.preset), rngs=nnx.Rngs(0)))
-    vae.eval()
-    function, weights = flax_task(row.task, vae)
-    state = jax.eval_shape(lambda weights: started(row.task, weights), weights)
-    inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in input_shapes(row)]
+    function, state, inputs = abstract_task(row)
     with lowered("plain"):
         analysis: Any = jax.jit(function).lower(state, *inputs).cost_analysis()
     return analysis["flops"]

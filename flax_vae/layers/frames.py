@@ -21,7 +21,7 @@ from jaxtyping import Array
 
 from flax_vae.layers import winograd
 from flax_vae.layers.geometry import Pair, Triple, conv_outputs, steps_of_frames
-from flax_vae.layers.window import Tap, Window, images, put, wide_dtype
+from flax_vae.layers.window import Tap, Window, images, mirrored, put, wide_dtype
 
 MOSTLY = 0.7  # of the products of frames and time taps, so many must be outputs' to compute all of them
 FEW = 100  # output channels up to which one convolution for all time taps is faster than one for each
@@ -97,7 +97,7 @@ def _share_seen(seen: list[Tap], taps: int, frames: int) -> float:
 def input_gradient(dy: Array, kernel: Array, window: Window, size: Triple) -> Array:
     """Convolves with the mirrored kernel; where there are strides, adds up what the frames of each tap get."""
     if max(window.stride) == 1:
-        return convolve(dy, jnp.swapaxes(kernel[::-1, ::-1, ::-1], 3, 4), window.mirrored(kernel.shape))
+        return convolve(dy, mirrored(kernel), window.mirrored(kernel.shape))
     parts = []
     for tap in window.time_taps(len(kernel), size[0]):
         back = partial(_conv2d_input_gradient, kernel=kernel[tap.index], window=window, size=size[1:])

@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array
 
 from flax_vae.layers.geometry import Triple
-from flax_vae.layers.window import Window, images, put
+from flax_vae.layers.window import Window, images, mirrored, put
 
 
 def convolve(x: Array, kernel: Array, window: Window) -> Array:
@@ -29,7 +29,7 @@ def convolve(x: Array, kernel: Array, window: Window) -> Array:
 def input_gradient(dy: Array, kernel: Array, window: Window, size: Triple) -> Array:
     """Gives the gradient by a clip of this time, height and width: at stride 1, convolves with the mirrored kernel."""
     if max(window.stride) == 1:
-        return convolve(dy, jnp.swapaxes(kernel[::-1, ::-1, ::-1], 3, 4), window.mirrored(kernel.shape))
+        return convolve(dy, mirrored(kernel), window.mirrored(kernel.shape))
     x = jax.ShapeDtypeStruct((len(dy), *size, kernel.shape[3]), dy.dtype)
     return jax.linear_transpose(lambda x: convolve(x, kernel, window), x)(dy)[0]
 

@@ -92,6 +92,11 @@ def wide_dtype(x: Array) -> np.dtype:
     return np.promote_types(x.dtype, np.float32)
 
 
+def mirrored(kernel: Array) -> Array:
+    """Gives the kernel that, in `Window.mirrored`, takes gradients of outputs to those of inputs: O to I channels."""
+    return jnp.swapaxes(kernel[::-1, ::-1, ::-1], 3, 4)
+
+
 def images(x: Array) -> Array:
     """Brings (B, T, H, W, C) to (B * T, H, W, C)."""
     return x.reshape(-1, *x.shape[2:])
