@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.subjects import Job, Preset, chunk_shape, flax_model, random_values, to_torch, torch_model
+from flax_vae.runtime.flags import order_for_memory
 
 LATER_CHUNKS = 3  # a stream takes no more with more of them
 
@@ -85,6 +86,7 @@ def torch_row(job: Job, preset: Preset, latents: int, height: int, width: int) -
 
 def main(kind: str, job: Any, preset: Any, *sizes: str) -> None:
     """Prints the row of one kind: torch, stream or whole."""
+    order_for_memory()  # as the commands do
     latents, height, width = map(int, sizes)
     if kind == "torch":
         row = torch_row(job, preset, latents, height, width)

@@ -20,6 +20,9 @@ import pytest
 from alone import alone  # noqa: F401
 from flax import nnx
 
+from flax_vae.runtime.flags import order_for_memory
+
+order_for_memory()  # as the commands do
 if find_spec("beartype"):
     # Not config and posterior: a file fills the one's fields with anything, a tree map the other's.
     models = [f"flax_vae.models.{name}" for name in ("encoder", "decoder", "scaling", "vae")]

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("tyro", reason="the command line needs tyro")
 pytest.importorskip("rich", reason="the command line needs rich")
 
-from flax_vae.cli import plan_search
+from flax_vae.cli import plan_search, planned
 from flax_vae.cli.plan_request import Wanted, request_of, with_mesh
 from flax_vae.cli.plan_screen import verdict
 from flax_vae.runtime import ahead
@@ -171,6 +171,11 @@ def test_encoding_is_measured_on_virtual_devices(run):
     assert found["needed"] > found["memory"]["arguments"] > 4 * 1_000_000  # weights of the encoder, in float32
     assert found["flops"] > 10**8
     assert (found["fits"], found["available"], found["seconds"]) == (None, None, None)
+
+
+def test_memory_is_that_of_the_order_in_which_commands_run_a_program():
+    asked = with_mesh(request("cpu:8", job="decode", preset="tiny", frames=9, size="64"), None)
+    assert ahead.compile_one(asked).memory == planned.measure(asked).memory
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from flax_vae.runtime.ahead import Report, Request
 from flax_vae.runtime.chips import Topology, parse_topology
+from flax_vae.runtime.flags import order_for_memory
 
 if TYPE_CHECKING:
     import jax
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Answers on standard output, to which nothing else may write: libraries that do are sent to standard error."""
+    order_for_memory()  # as the commands do that will run the program
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     try:
