@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from flax_vae.runtime.flags import FOR_MANY_CORES, order_for_memory
+from flax_vae.runtime.flags import FOR_MEMORY, order_for_memory
 
 CONVOLUTIONS = """
 from flax_vae.runtime.flags import order_for_memory
@@ -35,12 +35,12 @@ def test_a_program_takes_less_memory():
     assert temporary_bytes(ordered=True) < 0.9 * temporary_bytes(ordered=False)
 
 
-@pytest.mark.parametrize("flags", ["", "--xla_cpu_max_isa=AVX2", f"--{FOR_MANY_CORES}=true"])
+@pytest.mark.parametrize("flags", ["", "--xla_cpu_max_isa=AVX2", *(f"--{name}=own" for name in FOR_MEMORY)])
 def test_flags_of_the_user_stay(flags, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", flags)
     order_for_memory()
     assert os.environ["XLA_FLAGS"].startswith(flags)
-    assert os.environ["XLA_FLAGS"].count(FOR_MANY_CORES) == 1
+    assert [os.environ["XLA_FLAGS"].count(name) for name in FOR_MEMORY] == [1, 1]
 
 
 def test_a_jaxlib_that_may_not_know_the_flag_gets_none(monkeypatch):

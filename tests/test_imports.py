@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ["layers", "io", "models", "runtime", "train", "cli"]
 ORDER = ["geometry", "window neighbour strips", "winograd stacked", "frames", "lowering", "conv", "norm"]
-ORDER += ["attention resnet resample", "chunks", "blocks"]
+ORDER += ["attention again", "resnet resample", "chunks", "blocks"]
 LAYERS = {name: place for place, names in enumerate(ORDER) for name in names.split()}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "flax_vae"}
 TORCH = {"torch", "torchvision", "torch_ref"}

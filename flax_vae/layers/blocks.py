@@ -5,15 +5,15 @@ B batch, T frames, H W pixels, C channels.
 
 from collections.abc import Iterable
 
-import jax
 from flax import nnx
 
+from flax_vae.layers.again import call_again
 from flax_vae.layers.attention import Attention
 from flax_vae.layers.chunks import in_chunks
 from flax_vae.layers.conv import CausalConv3d, Clip
 from flax_vae.layers.norm import CausalGroupNorm
 from flax_vae.layers.resample import SpatialDownsample, SpatialUpsample, TemporalDownsample, TemporalUpsample
-from flax_vae.layers.resnet import CausalResnetBlock
+from flax_vae.layers.resnet import CausalResnetBlock, activated
 from flax_vae.layers.strips import Strips, frames_in_strips, strips_for
 
 
@@ -40,12 +40,17 @@ def thread(layers: Iterable, x: Clip, carry=None, remat: bool = False, frame_by_
         else:
             (layer,), (entry,) = step, entries
             if remat:
-                x, entry = layer(x, entry, remat) if isinstance(layer, Chain) else call_again(layer, x, entry)
+                x, entry = layer(x, entry, remat) if isinstance(layer, Chain) else call_again(call, layer, x, entry)
             else:
                 x, entry = layer(x, entry)
             entries = (entry,)
         after += entries
     return x, after
+
+
+def call(layer, x: Clip, carry):
+    """Runs one layer."""
+    return layer(x, carry)
 
 
 def thread_in_strips(layers: Iterable, x: Clip, carry, remat: bool, frame_by_frame: bool, factor: int):
@@ -57,27 +62,6 @@ def thread_in_strips(layers: Iterable, x: Clip, carry, remat: bool, frame_by_fra
     with frames_in_strips(strips):
         x, carry = thread(layers, strips.cut(x), carry, remat, frame_by_frame)
     return strips.join(x), carry
-
-
-def call_again(layer, x: Clip, carry):
-    """Runs one layer, of which a gradient keeps only the inputs, and computes the inside a second time.
-
-    The gradients of its kernels then come before those of any layer before it: else XLA puts them off, and keeps for
-    them all that was computed again.
-    """
-    structure, parameters, state = nnx.split(layer, nnx.Param, ...)
-    parameters, x, carry = at_once((parameters, x, carry))
-    layer = nnx.merge(structure, parameters, state)  # the random state is that of the layer given
-    return nnx.remat(lambda layer, *args: layer(*args), graph_updates=False)(layer, x, carry)
-
-
-@jax.custom_vjp
-def at_once(tree):
-    """Gives a tree as it is; none of its gradients is passed on before all of them are computed."""
-    return tree
-
-
-at_once.defvjp(lambda tree: (tree, None), lambda _, gradients: (jax.lax.optimization_barrier(gradients),))
 
 
 def cascades(layers: Iterable) -> list[tuple]:
@@ -118,7 +102,7 @@ class Output(nnx.Module):
 
     def __call__(self, x: Clip, carry=None):
         """Maps (B, T, H, W, C) to (B, T, H, W, out); returns it and the carry."""
-        return self.conv(nnx.silu(self.norm(x)), carry)
+        return call_again(activated, (self.norm, self.conv), x, carry)
 
 
 def resnet_chain(channels: int, out_channels: int, num_layers: int, *args, rngs: nnx.Rngs) -> nnx.List:

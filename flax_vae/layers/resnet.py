@@ -2,6 +2,7 @@
 
 from flax import nnx
 
+from flax_vae.layers.again import call_again
 from flax_vae.layers.conv import CausalConv3d, Clip
 from flax_vae.layers.norm import CausalGroupNorm
 
@@ -35,8 +36,17 @@ class CausalResnetBlock(nnx.Module):
     def __call__(self, x: Clip, carry=None):
         """Maps (B, T, H, W, in) to (B, T, H, W, out); returns it and the carry."""
         carry1, carry2 = (None, None) if carry is None else carry
-        h, carry1 = self.conv1(nnx.silu(self.norm1(x)), carry1)
-        h, carry2 = self.conv2(self.dropout(nnx.silu(self.norm2(h))), carry2)
+        h, carry1 = call_again(activated, (self.norm1, self.conv1), x, carry1)
+        h, carry2 = call_again(activated, (self.norm2, self.dropout, self.conv2), h, carry2)
         if self.conv_shortcut is not None:
             x, _ = self.conv_shortcut(x, None if carry is None else ())
         return (x + h) / self.output_scale_factor, (carry1, carry2)
+
+
+def activated(layers: tuple, x: Clip, carry):
+    """Runs a norm, silu, dropout where there is any, and a convolution; returns the output and the carry."""
+    norm, *dropout, conv = layers
+    x = nnx.silu(norm(x))
+    for layer in dropout:
+        x = layer(x)
+    return conv(x, carry)

@@ -5,17 +5,22 @@ from __future__ import annotations
 import os
 from importlib.metadata import version
 
-FOR_MANY_CORES = "xla_cpu_enable_concurrency_optimized_scheduler"
+FOR_MEMORY = {
+    "xla_cpu_enable_concurrency_optimized_scheduler": "false",
+    "xla_disable_hlo_passes": "cse_barrier_expander",
+}
 KNOWN_BEFORE = (0, 12)  # version of jaxlib; XLA ends the process where it does not know a flag
 
 
 def order_for_memory() -> None:
-    """Has XLA order a CPU's programs for the least memory, unless XLA_FLAGS says otherwise.
+    """Has XLA order a CPU's programs for the least memory, but for the flags that XLA_FLAGS gives already.
 
     To be called before jax computes anything. XLA by itself orders for many cores, and what two cores would wait for is
-    computed long before it is needed: decoding nine frames with the released model then takes five times the memory.
+    computed long before it is needed. It also takes away the barriers that keep apart what a gradient computes a second
+    time, and what is to be computed before something else: then all of it is kept.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     major, minor, *_ = version("jaxlib").split(".")
-    if FOR_MANY_CORES not in flags and (int(major), int(minor)) < KNOWN_BEFORE:
-        os.environ["XLA_FLAGS"] = f"{flags} --{FOR_MANY_CORES}=false".strip()
+    if (int(major), int(minor)) < KNOWN_BEFORE:
+        missing = [f"--{name}={value}" for name, value in FOR_MEMORY.items() if name not in flags]
+        os.environ["XLA_FLAGS"] = " ".join([*flags.split(), *missing])
