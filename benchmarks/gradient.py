@@ -16,10 +16,9 @@ from flax import nnx
 
 from benchmarks.subjects import Preset, config, machine
 from flax_vae import CausalVideoVAE
+from flax_vae.runtime.flags import order_for_memory
 from flax_vae.runtime.plan import tree_bytes
 
-# XLA's CPU backend moves what remat computes a second time to where it is computed first, unless this pass is left out.
-OPTIONS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 NOTES = """
 - scratch: the temporaries of the program, from XLA's memory_analysis(), beside weights and gradients ({weights} MiB).
 - ratio: to that of the plain gradient, of a clip as a whole.
@@ -40,7 +39,7 @@ def scratch_bytes(preset: Preset, frames: int, size: int, chunk: int | None, rem
         return jnp.square(vae.decode(latents, chunk and chunk // settings.temporal_factor) - video).mean()
 
     video = jax.ShapeDtypeStruct((1, frames, size, size, 3), jnp.float32)
-    program = jax.jit(jax.grad(loss)).lower(parameters, rest, video).compile(OPTIONS)
+    program = jax.jit(jax.grad(loss)).lower(parameters, rest, video).compile()
     return program.memory_analysis().temp_size_in_bytes
 
 
@@ -53,6 +52,7 @@ def main(config: Preset = "tiny", frames: int = 17, size: int = 64, chunks: tupl
         size: height and width in pixels.
         chunks: frames at a time, multiples of 8.
     """
+    order_for_memory()  # as the commands do
     print(f"# Memory of a gradient, {config} model, {frames} frames of {size}x{size}, in MiB\n\n{machine()}\n")
     print("| | scratch | ratio |\n|---|---:|---:|", flush=True)
     ways = {"plain": (None, False), "remat": (None, True)}

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from flax_vae.runtime.flags import FOR_MEMORY, order_for_memory
+from flax_vae.runtime.flags import BARRIERS, ORDER, order_for_memory
 
 CONVOLUTIONS = """
 from flax_vae.runtime.flags import order_for_memory
@@ -35,16 +35,28 @@ def test_a_program_takes_less_memory():
     assert temporary_bytes(ordered=True) < 0.9 * temporary_bytes(ordered=False)
 
 
-@pytest.mark.parametrize("flags", ["", "--xla_cpu_max_isa=AVX2", *(f"--{name}=own" for name in FOR_MEMORY)])
+@pytest.mark.parametrize("flags", ["", "--xla_cpu_max_isa=AVX2", f"--{ORDER[0]}=true", f"--{BARRIERS[0]}=dce"])
 def test_flags_of_the_user_stay(flags, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", flags)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     order_for_memory()
     assert os.environ["XLA_FLAGS"].startswith(flags)
-    assert [os.environ["XLA_FLAGS"].count(name) for name in FOR_MEMORY] == [1, 1]
+    assert [os.environ["XLA_FLAGS"].count(name) for name, _ in (ORDER, BARRIERS)] == [1, 1]
+
+
+@pytest.mark.parametrize("platforms", ["tpu,cpu", "cuda", ""])
+def test_barriers_are_left_to_what_may_be_there_beside_a_cpu(platforms, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    monkeypatch.setattr("flax_vae.runtime.flags.find_spec", lambda name: name == "libtpu")
+    order_for_memory()
+    assert ORDER[0] in os.environ["XLA_FLAGS"]
+    assert BARRIERS[0] not in os.environ["XLA_FLAGS"]
 
 
 def test_a_jaxlib_that_may_not_know_the_flag_gets_none(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setattr("flax_vae.runtime.flags.version", lambda name: "0.12.0")
     order_for_memory()
     assert os.environ["XLA_FLAGS"] == ""

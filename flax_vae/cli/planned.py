@@ -22,11 +22,13 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Answers on standard output, to which nothing else may write: libraries that do are sent to standard error."""
-    order_for_memory()  # as the commands do that will run the program
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     try:
-        answer: dict[str, Any] = asdict(measure(Request(**json.load(sys.stdin))))
+        request = Request(**json.load(sys.stdin))
+        if parse_topology(request.topology).platform == "cpu":
+            order_for_memory()  # as the commands do that will run the program
+        answer: dict[str, Any] = asdict(measure(request))
     except ValueError as error:
         answer = {"error": str(error)}
     with answers:
