@@ -19,7 +19,7 @@ class FromNeighbour:
     of the stream, of which every device has a copy; the first device goes on from it.
     """
 
-    carry: Array
+    carry: Any  # an array, or what stands for it where jax and flax map a tree
     devices: int = field(metadata={"static": True})
 
     def before(self, x: Array) -> Array:
