@@ -8,9 +8,10 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
-from flax_vae.layers.conv import CausalConv3d, Clip, check_clip, check_start, wide_dtype
+from flax_vae.layers.conv import CausalConv3d, Clip, check_clip, check_start
 from flax_vae.layers.geometry import triple
 from flax_vae.layers.neighbour import frames_before
+from flax_vae.layers.window import wide_dtype
 
 
 class AvgPool3d(nnx.Module):

@@ -20,7 +20,8 @@ from flax_vae.io.checkpoint import open_weights
 from flax_vae.io.files import PathLike
 from flax_vae.io.packages import packaged_file, read_arrays
 from flax_vae.io.weights import Arrays
-from flax_vae.layers.conv import Clip, FrameConv, wide_dtype
+from flax_vae.layers.conv import Clip, FrameConv
+from flax_vae.layers.window import wide_dtype
 from flax_vae.train.losses import mean
 
 WIDTHS = (64, 128, 256, 512, 512)

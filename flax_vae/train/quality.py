@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from flax_vae.layers.conv import Clip, wide_dtype
+from flax_vae.layers.conv import Clip
+from flax_vae.layers.window import wide_dtype
 
 RADIUS, SIGMA = 5, 1.5  # of SSIM's window: pixels
 WINDOW = 2 * RADIUS + 1
