@@ -241,4 +241,5 @@ def _of_frames(function, x):
 
 
 def _total(parts, like):
+    """Adds up, once: without a barrier XLA computes the sum within each of what needs it, and keeps all parts."""
     return lax.optimization_barrier(reduce(add, parts).astype(like.dtype))
