@@ -1,7 +1,6 @@
 """What a gradient computes a second time instead of keeping it: B batch, T frames, H W pixels, C channels."""
 
 from collections.abc import Callable
-from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -9,25 +8,22 @@ from flax import nnx
 
 from flax_vae.layers.conv import Clip
 
-_within: ContextVar[bool] = ContextVar("within", default=False)
+_within = jax.make_user_context(False)  # which compiled programs are kept by
 
 
-def call_again(function: Callable[..., tuple[Clip, Any]], layers: Any, x: Clip, carry: Any) -> tuple[Clip, Any]:
+def call_again(function: Callable[..., Any], layers: Any, x: Clip, carry: Any) -> tuple[Clip, Any]:
     """Gives function(layers, x, carry), of which a gradient keeps only these three and computes the inside again.
 
     What is called within is not computed a third time. The gradients of the layers' kernels come before those of
     anything before these layers: else XLA puts them off, and keeps for them all that was computed again.
     """
-    if _within.get():
+    if _within.value:
         return function(layers, x, carry)
     structure, parameters, state = nnx.split(layers, nnx.Param, ...)
     parameters, x, carry = at_once((parameters, x, carry))
     layers = nnx.merge(structure, parameters, state)  # the random state is that of the layers given
-    token = _within.set(True)
-    try:
+    with _within(True):  # a lambda, as jax keeps what it has traced of a function that it knows
         return nnx.remat(lambda *args: function(*args), graph_updates=False)(layers, x, carry)
-    finally:
-        _within.reset(token)
 
 
 @jax.custom_vjp

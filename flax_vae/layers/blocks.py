@@ -4,6 +4,7 @@ B batch, T frames, H W pixels, C channels.
 """
 
 from collections.abc import Iterable
+from operator import call
 
 from flax import nnx
 
@@ -46,11 +47,6 @@ def thread(layers: Iterable, x: Clip, carry=None, remat: bool = False, frame_by_
             entries = (entry,)
         after += entries
     return x, after
-
-
-def call(layer, x: Clip, carry):
-    """Runs one layer."""
-    return layer(x, carry)
 
 
 def thread_in_strips(layers: Iterable, x: Clip, carry, remat: bool, frame_by_frame: bool, factor: int):
