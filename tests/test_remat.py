@@ -80,9 +80,10 @@ def test_remat_takes_less_memory(whole_steps, models, noise, monkeypatch):
     assert remat < 0.58 * everything_kept
 
 
-def test_a_residual_block_keeps_only_what_goes_into_its_norms(noise, monkeypatch):
+@pytest.mark.parametrize("remat", [False, True])  # with remat: while the block is computed again
+def test_a_residual_block_keeps_only_what_goes_into_its_norms(noise, monkeypatch, remat):
     def step():
-        return gradient_step(Body(False, rngs=nnx.Rngs(0)), x, lambda body, x: jnp.square(body.step(x)[0]).mean())
+        return gradient_step(Body(remat, rngs=nnx.Rngs(0)), x, lambda body, x: jnp.square(body.step(x)[0]).mean())
 
     x = noise((1, 9, 16, 16, 3)).astype(jnp.float32)
     needed, results = step()

@@ -8,22 +8,20 @@ from flax import nnx
 
 from flax_vae.layers.conv import Clip
 
-_within = jax.make_user_context(False)  # which compiled programs are kept by
-
 
 def call_again(function: Callable[..., Any], layers: Any, x: Clip, carry: Any) -> tuple[Clip, Any]:
     """Gives function(layers, x, carry), of which a gradient keeps only these three and computes the inside again.
 
-    What is called within is not computed a third time. The gradients of the layers' kernels come before those of
-    anything before these layers: else XLA puts them off, and keeps for them all that was computed again.
+    What is within another such call is computed a third time, but for the convolution that it ends with: of a block
+    that is computed again, a gradient again keeps only what goes into its norms. The gradients of the layers' kernels
+    come before those of anything before these layers: else XLA puts them off, and keeps for them all that was computed
+    again.
     """
-    if _within.value:
-        return function(layers, x, carry)
     structure, parameters, state = nnx.split(layers, nnx.Param, ...)
     parameters, x, carry = at_once((parameters, x, carry))
     layers = nnx.merge(structure, parameters, state)  # the random state is that of the layers given
-    with _within(True):  # a lambda, as jax keeps what it has traced of a function that it knows
-        return nnx.remat(lambda *args: function(*args), graph_updates=False)(layers, x, carry)
+    # A lambda, as jax keeps what it has traced of a function that it knows.
+    return nnx.remat(lambda *args: function(*args), graph_updates=False)(layers, x, carry)
 
 
 @jax.custom_vjp
