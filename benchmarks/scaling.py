@@ -24,6 +24,7 @@ from flax_vae.runtime.ahead import Report, Request, compiled_ahead
 
 PLANS = [
     "train --topology v5e:4x4 --batch 16 --fsdp",
+    "train --topology v5e:4x4 --batch 16 --fsdp --no-remat",
     "train --topology v5p:2x2x2 --batch 32",
     "decode --topology v5e:1x1 --batch 1 --frames 121 --size 720x1280 --precision bfloat16 --frame-by-frame",
     "decode --topology v5e:2x4 --batch 1 --frames 121 --size 720x1280 --precision bfloat16 --mesh width=8 --chunk 8",
