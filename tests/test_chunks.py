@@ -12,6 +12,7 @@ from flax_vae.layers import chunks
 from flax_vae.layers.blocks import thread
 from flax_vae.layers.chunks import fit_frames, in_chunks
 from flax_vae.layers.resample import TemporalDownsample, TemporalUpsample
+from flax_vae.layers.resnet import CausalResnetBlock
 
 hypothesis = pytest.importorskip("hypothesis", reason="lengths and chunks are drawn by hypothesis")
 given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
@@ -172,6 +173,22 @@ def test_gradients_through_chunks_are_those_of_the_whole_in_less_memory(randomiz
     for whole, chunked, size in zip(*results, sizes, strict=True):
         assert np.abs(chunked - whole).max() < 1e-12 * max(size, 1e-3 * max(sizes))
     assert memory[1] < 0.8 * memory[0]
+
+
+def test_a_carry_is_all_that_is_kept_for_it(randomized):
+    blocks = randomized(lambda rngs: nnx.List([CausalResnetBlock(8, num_groups=2, rngs=rngs) for _ in range(3)]))
+    structure, parameters = nnx.split(blocks)
+
+    def run(parameters, x):
+        return thread(nnx.merge(structure, parameters), x)
+
+    x = jax.ShapeDtypeStruct((1, 17, 32, 32, 8), "float64")
+    with_carry, without = (
+        jax.jit(function).lower(parameters, x).compile().memory_analysis()
+        for function in (run, lambda *args: run(*args)[0])
+    )
+    assert with_carry.output_size_in_bytes > without.output_size_in_bytes
+    assert with_carry.temp_size_in_bytes < 1.05 * without.temp_size_in_bytes
 
 
 @pytest.mark.usefixtures("quick")

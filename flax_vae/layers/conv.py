@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
-from flax_vae.layers.geometry import Pair, causal_padding, conv_output_size, triple
+from flax_vae.layers.geometry import Pair, causal_padding, conv_output_size, conv_outputs, triple
 from flax_vae.layers.lowering import convolve
 from flax_vae.layers.neighbour import FromNeighbour, frames_before
 from flax_vae.layers.strips import strips
@@ -75,15 +75,20 @@ class Conv3d(nnx.Module):
         last = list(axes)[3 - len(size) :]
         return tuple(conv_output_size(n, *axis) for n, axis in zip(size, last, strict=True))
 
-    def convolve(self, x: Clip, padding: Padding) -> Clip:
-        """Convolves with the given padding of time, height and width; too few frames give no frame."""
+    def convolve(self, x: Clip, padding: Padding, rest: Carry = None) -> Clip:
+        """Convolves with the given padding of time, height and width; too few frames give no frame.
+
+        The output is not there before the `rest` of the clip that a carry keeps.
+        """
         window = Window(self.stride, padding, self.dilation, self.groups)
         if strips().count > 1:
             x, window = self._around_strips(x, window)
         kernel = self.kernel[...]
         kernel = kernel.reshape(*self.kernel_size, *kernel.shape[-2:])
         y: Any = convolve(x, kernel, window)
-        return y if self.bias is None else add_bias(y, self.bias[...])
+        if self.bias is None:
+            return not_before(rest, y)
+        return add_bias(y, not_before(rest, self.bias[...]))  # of the two the bias is small, and fused with nothing yet
 
     def _around_strips(self, x: Clip, window: Window) -> tuple[Clip, Window]:
         """Puts around each strip what is beside it; ValueError where outputs of the frame are none of any strip's."""
@@ -170,20 +175,24 @@ class CausalConv3d(nnx.Module):
         before = self.padding[0][0]
         if carry is None:
             check_start(x)
+            padding, seen, skipped = self.padding, x, 1 - self.span
             mode: PadMode = self.pad_mode if x.shape[1] > before else "constant"
-            y = self._padded(x, self.padding, mode)
-            return y, self._rest(x, y.shape[1] * self.conv.stride[0] - (self.span - 1))
-        if self.pad_mode == "circular" and before:
-            raise ValueError(
-                "circular padding joins the end of a clip to its start: pass the whole clip, it cannot be streamed"
-            )
-        x = self._extended(carry, x)
-        y = self._padded(x[:, self.span - 1 - before :], ((0, 0), *self.padding[1:]), self.pad_mode)
-        return y, self._rest(x, y.shape[1] * self.conv.stride[0])
+        else:
+            if self.pad_mode == "circular" and before:
+                raise ValueError(
+                    "circular padding joins the end of a clip to its start: pass the whole clip, it cannot be streamed"
+                )
+            x = self._extended(carry, x)
+            padding, seen, skipped = ((0, 0), *self.padding[1:]), x[:, self.span - 1 - before :], 0
+            mode = self.pad_mode
+        kernel, stride, dilation = self.conv.kernel_size[0], self.conv.stride[0], self.conv.dilation[0]
+        outputs = conv_outputs(seen.shape[1], kernel, stride, padding[0], dilation)
+        rest = self._rest(x, outputs * stride + skipped)
+        return self._padded(seen, padding, mode, rest), rest
 
-    def _padded(self, x: Clip, padding: Padding, mode: PadMode) -> Clip:
+    def _padded(self, x: Clip, padding: Padding, mode: PadMode, rest: Carry) -> Clip:
         if mode == "constant":
-            return self.conv.convolve(x, padding)
+            return self.conv.convolve(x, padding, rest)
         if strips().count > 1:
             raise ValueError(f"{mode} padding cannot be computed in strips, which are padded with zeros: use constant")
         for size, pad, axis in zip(x.shape[1:4], padding, ("frames", "rows", "columns"), strict=True):
@@ -192,7 +201,7 @@ class CausalConv3d(nnx.Module):
                     f"{mode} padding of {max(pad)} needs more than {size} {axis}: use a larger clip or another pad_mode"
                 )
         x = jnp.pad(x, ((0, 0), *padding, (0, 0)), mode=_NUMPY_PAD_MODE[mode])
-        return self.conv.convolve(x, ((0, 0), (0, 0), (0, 0)))
+        return self.conv.convolve(x, ((0, 0), (0, 0), (0, 0)), rest)
 
     def _extended(self, carry: Carry, x: Clip) -> Clip:
         if self.span == 1:
@@ -229,6 +238,18 @@ def add_bias(y: Array, bias: Array) -> Array:
     """Adds a bias to each channel in float32 or better, in which its gradient, a sum over pixels, is summed too."""
     bias = bias.astype(wide_dtype(y)).reshape((1,) * (y.ndim - 1) + bias.shape)
     return (y.astype(bias.dtype) + bias).astype(y.dtype)
+
+
+@jax.custom_vjp
+def not_before(other: Carry, x: Array) -> Array:
+    """Gives `x`, but not before `other` is computed; gradients do not wait.
+
+    Without it XLA puts off what nothing but the caller asks for, and keeps whatever it is computed from until then.
+    """
+    return jax.lax.optimization_barrier((other, x))[1]
+
+
+not_before.defvjp(lambda other, x: (not_before(other, x), None), lambda _, gradient: (None, gradient))
 
 
 def check_clip(x: Array, channels: int) -> None:
