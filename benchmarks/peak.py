@@ -44,10 +44,11 @@ def peak_above(loaded: int) -> dict[str, int]:
     return {"peak": peak, "above": peak - loaded}
 
 
-def flax_row(job: Job, preset: Preset, latents: int, height: int, width: int, is_stream: bool) -> dict[str, int]:
-    """Tells what a stream takes, or a clip as a whole, from what is compiled; runs it where there is so much."""
+def stream_row(job: Job, preset: Preset, latents: int, height: int, width: int) -> dict[str, int]:
+    """Tells what a stream takes from what is compiled; runs it where there is so much."""
     import jax
     import jax.numpy as jnp
+    from flax import nnx
 
     from flax_vae.runtime import plan
     from flax_vae.runtime.stream import Stream, compiled
@@ -55,20 +56,37 @@ def flax_row(job: Job, preset: Preset, latents: int, height: int, width: int, is
     vae = flax_model(preset)
     loaded = loaded_bytes()
     step, rng = compiled(vae.encode_chunk if job == "encode" else vae.decode_chunk), np.random.default_rng(0)
-    first = chunk_shape(job, 1 if is_stream else latents, height, width)
-    chunks = [first, *[chunk_shape(job, latents, height, width, is_first=False)] * LATER_CHUNKS * is_stream]
-    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in chunks]
-    traced = step.trace(shapes[0], None)
-    if is_stream:
-        traced = step.trace(shapes[1], traced.out_info[1])
-    arrays = plan.program_bytes(traced)
-    told = plan.step_bytes(step, *shapes[:2]) if is_stream else plan.process_bytes(arrays)
-    row = {"weights": plan.tree_bytes(step.args[2]), "arrays": arrays, "told": told}
-    if told - row["weights"] > free_bytes():
+    chunks = [chunk_shape(job, 1, height, width)]
+    chunks += [chunk_shape(job, latents, height, width, is_first=False)] * LATER_CHUNKS
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in chunks[:2]]
+    traced = step.trace(shapes[1], step.trace(shapes[0], None).out_info[1])
+    row = {"weights": plan.tree_bytes(nnx.state(vae)), "arrays": plan.program_bytes(traced)}
+    row["told"] = plan.step_bytes(step, *shapes)
+    if row["told"] - row["weights"] > free_bytes():
         return row
-
     for result in Stream(step, (random_values(rng, shape) for shape in chunks)):
         jax.tree.map(np.asarray, result)
+    return row | peak_above(loaded)
+
+
+def whole_row(job: Job, preset: Preset, latents: int, height: int, width: int) -> dict[str, int]:
+    """Tells what a clip as a whole takes from what is compiled; runs it where there is so much."""
+    import jax
+    from flax import nnx
+
+    from flax_vae.runtime import plan
+
+    vae = flax_model(preset)
+    loaded = loaded_bytes()
+    structure, state = nnx.split(vae)
+    run = jax.jit(lambda state, x: getattr(nnx.merge(structure, state), job)(x))
+    clip = random_values(np.random.default_rng(0), chunk_shape(job, latents, height, width))
+    program = run.lower(state, clip).compile()
+    arrays = plan.compiled_bytes(program)
+    row = {"weights": plan.tree_bytes(state), "arrays": arrays, "told": plan.process_bytes(arrays)}
+    if row["told"] - row["weights"] > free_bytes():
+        return row
+    jax.tree.map(np.asarray, program(state, clip))
     return row | peak_above(loaded)
 
 
@@ -88,10 +106,7 @@ def main(kind: str, job: Any, preset: Any, *sizes: str) -> None:
     """Prints the row of one kind: torch, stream or whole."""
     order_for_memory()  # as the commands do
     latents, height, width = map(int, sizes)
-    if kind == "torch":
-        row = torch_row(job, preset, latents, height, width)
-    else:
-        row = flax_row(job, preset, latents, height, width, kind == "stream")
+    row = {"torch": torch_row, "stream": stream_row, "whole": whole_row}[kind](job, preset, latents, height, width)
     print(json.dumps(row | {"free": free_bytes()}))
 
 

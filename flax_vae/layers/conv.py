@@ -78,17 +78,15 @@ class Conv3d(nnx.Module):
     def convolve(self, x: Clip, padding: Padding, rest: Carry = None) -> Clip:
         """Convolves with the given padding of time, height and width; too few frames give no frame.
 
-        The output is not there before the `rest` of the clip that a carry keeps.
+        It starts no sooner than the `rest` of the clip, which a carry keeps, is computed.
         """
         window = Window(self.stride, padding, self.dilation, self.groups)
         if strips().count > 1:
             x, window = self._around_strips(x, window)
-        kernel = self.kernel[...]
+        kernel = not_before(rest, self.kernel[...])
         kernel = kernel.reshape(*self.kernel_size, *kernel.shape[-2:])
         y: Any = convolve(x, kernel, window)
-        if self.bias is None:
-            return not_before(rest, y)
-        return add_bias(y, not_before(rest, self.bias[...]))  # of the two the bias is small, and fused with nothing yet
+        return y if self.bias is None else add_bias(y, self.bias[...])
 
     def _around_strips(self, x: Clip, window: Window) -> tuple[Clip, Window]:
         """Puts around each strip what is beside it; ValueError where outputs of the frame are none of any strip's."""
@@ -244,7 +242,7 @@ def add_bias(y: Array, bias: Array) -> Array:
 def not_before(other: Carry, x: Array) -> Array:
     """Gives `x`, but not before `other` is computed; gradients do not wait.
 
-    Without it XLA puts off what nothing but the caller asks for, and keeps whatever it is computed from until then.
+    XLA else puts off to the end of a program what only its caller asks for, and keeps what that is computed from.
     """
     return jax.lax.optimization_barrier((other, x))[1]
 
