@@ -20,8 +20,7 @@ def call_again(function: Callable[..., Any], layers: Any, x: Clip, carry: Any) -
     structure, parameters, state = nnx.split(layers, nnx.Param, ...)
     parameters, x, carry = at_once((parameters, x, carry))
     layers = nnx.merge(structure, parameters, state)  # the random state is that of the layers given
-    # A lambda, as jax keeps what it has traced of a function that it knows.
-    return nnx.remat(lambda *args: function(*args), graph_updates=False)(layers, x, carry)
+    return nnx.remat(function, graph_updates=False)(layers, x, carry)
 
 
 @jax.custom_vjp
