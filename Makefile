@@ -9,7 +9,7 @@ demo: .venv/installed
 	$(python) -m flax_vae demo --out "$(OUT)"
 
 test: .venv/installed
-	$(python) -m pytest tests parity -n 2 -m "$(MARK)"
+	$(python) -m pytest tests parity -n 2 --dist worksteal -m "$(MARK)"
 
 check: .venv/installed
 	$(python) -m ruff check .

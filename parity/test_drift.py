@@ -86,6 +86,7 @@ def test_the_departing_layer_and_its_cause_are_named(reference, break_it, path, 
     assert cause in text
 
 
+@pytest.mark.slow
 def test_lost_precision_is_named(reference):
     vae = ours(reference, "float32")
     conv = layer_at(vae, "decoder.conv_in.conv")

@@ -50,7 +50,9 @@ def reference(name: str, precision: training.Precision, seed: int = 0) -> traini
     return training.run_torch(RUNS[name], precision, seed)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "frames")) for name in RUNS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "reconstruction")) for name in RUNS]
+)
 def test_same_trajectory_in_float64(name: str):
     training.check_same(ours(name), reference(name, "float64"))
 

@@ -151,6 +151,7 @@ def test_a_clip_in_chunks_is_the_whole_clip_and_its_prefix_a_prefix(wholes, fram
     assert apart(some_video, video[:, :frames]) < TOLERANCE[dtype]
 
 
+@pytest.mark.slow
 def test_gradients_through_chunks_are_those_of_the_whole_in_less_memory(randomized, noise):
     structure, parameters = nnx.split(randomized(lambda rngs: CausalVideoVAE(ONE_BLOCK, rngs=rngs)))
 

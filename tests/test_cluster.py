@@ -233,6 +233,7 @@ def test_two_processes_extract_what_one_does(hosts, run, vae, clips):
         np.testing.assert_allclose(stated[0][place]["mean"], stated[1][place]["mean"], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_as_one_does(hosts, vae, clips):
     words = "eval", vae, clips, "--no-lpips", "--no-fvd", "--out"
     (one,) = hosts.run(*words, hosts.folder / "one")

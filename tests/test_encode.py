@@ -269,6 +269,7 @@ def test_a_folder_is_not_written_into_itself_nor_into_a_file(run, checkpoints, i
     assert "there is no folder" in err
 
 
+@pytest.mark.slow
 def test_frame_by_frame_gives_the_same_and_bfloat16_about_the_same(run, checkpoints, clip, tmp_path):
     def encoded(*more):
         target = tmp_path / f"latents{len(list(tmp_path.iterdir()))}"

@@ -197,7 +197,7 @@ def expected(noise):
 @pytest.mark.parametrize(
     ("text", "settings"),
     [
-        ("time=2,height=2", LITTLE),
+        pytest.param("time=2,height=2", LITTLE, marks=slow),
         *(pytest.param(text, JUDGED, marks=slow) for text in MESHES),
         *(pytest.param(text, JUDGED_BY_CLIP, marks=slow) for text in ("time=2", MIXED)),
         pytest.param(MIXED, {}, marks=slow),
@@ -248,6 +248,7 @@ def test_attention_in_parts_exchanges_pixels_and_no_scores(text, monkeypatch):
     assert max(math.prod(dims) for each in found for _, dims in each.arrays) <= math.prod(x.shape)
 
 
+@slow
 def test_a_halo_without_its_gradient_would_be_noticed(expected, monkeypatch):
     """The mistake that parallel convolutions by hand have made: the neighbour is told nothing of its frames."""
     clip, (_, gradients) = expected(LITTLE)

@@ -118,6 +118,7 @@ def needed(steps):
     return lambda job, *which: step_bytes(steps[job], shape_of(job, 0, *which[1:]), shape_of(job, *which))
 
 
+@pytest.mark.slow
 def test_more_latents_more_clips_and_larger_frames_need_more(needed):
     assert needed("encode", 1) < needed("encode", 2)
     assert needed("decode", 1) < needed("decode", 2)
@@ -190,6 +191,7 @@ print(json.dumps({"peak": peak, "told": told}))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the peak of a process is read from /proc")
 @pytest.mark.parametrize(("job", "latents", "size"), [("decode", 2, 128), ("encode", 4, 128)])
 def test_a_stream_takes_no_more_than_was_told_and_not_far_less(job, latents, size):

@@ -114,6 +114,7 @@ def test_every_step_has_noise_of_its_own(trainer):
     assert len({tuple(jax.random.key_data(noise_key(seed, step)).tolist()) for seed in (0, 1) for step in (0, 1)}) == 4
 
 
+@pytest.mark.slow
 def test_bfloat16_is_for_computing_and_not_for_weights(trainer):
     narrow = made(replace(CONFIG, precision="bfloat16"))
     (state, metrics), (_, exact) = (each.step(each.start(), frames(), with_gan=True) for each in (narrow, trainer))

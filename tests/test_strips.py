@@ -64,7 +64,7 @@ def test_without_its_neighbours_a_strip_is_another_picture():
     assert np.abs(apart - layer(x)[0]).max() > 1e-3
 
 
-@pytest.mark.parametrize("frame_by_frame", [False, True])
+@pytest.mark.parametrize("frame_by_frame", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_model_cuts_frames_where_tpus_compute_and_gives_the_same(frame_by_frame, jit):
     with jax.enable_x64(True):
         config = narrow((4, 4, 4, 4), groups=2, encoder_layers=1, decoder_layers=1)

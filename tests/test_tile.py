@@ -293,6 +293,7 @@ def test_remat_gives_the_same_tiles(vae, lossy):
     assert close(LossyTiles(remat, TILING).encode(video()).mean, lossy.encode(video()).mean, 64)
 
 
+@pytest.mark.slow
 def test_a_gradient_goes_through_tiles_and_chunks(vae, noise, jit):
     latents = noise((1, 3, 7, 10, 2))
 
@@ -315,7 +316,7 @@ def scratch(module, function, x):
     return program.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize(("size", "shapes"), [(56, 1), (53, 4)])
+@pytest.mark.parametrize(("size", "shapes"), [(56, 1), pytest.param(53, 4, marks=pytest.mark.slow)])
 def test_nine_tiles_take_a_fraction_of_the_memory(vae, size, shapes):
     tiling, clip = LossyTiling(24, 8), video(5, size, size)
     assert len(tiling.spans(size)) == 3

@@ -124,6 +124,7 @@ def leaves(state) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(config, data, tmp_path):
     whole = trained(config, data, tmp_path / "whole")
     for stop in (3, 4, 6):  # one step after a save, at a save that is not made yet, and at the end
@@ -269,6 +270,7 @@ def test_a_step_that_is_not_finite_is_left_out(longer, data, tmp_path, monkeypat
     assert all(np.isfinite(leaf).all() for leaf in leaves(state))
 
 
+@pytest.mark.slow
 def test_several_such_steps_send_the_run_back_to_its_checkpoint(longer, data, tmp_path, monkeypatch, caplog):
     poisoned(monkeypatch, {1, 2, 3, 4, 5})
     state = trained(longer, data, tmp_path / "run", stop=8)
