@@ -40,6 +40,12 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:.*deprecated by PEP 585")  # beartype, about flax's nnx.List
 
 
+def pytest_collection_finish():
+    """Leaves what is there before the first test, most of it imported, out of all later collections of garbage."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True, scope="module")
 def strict():
     """Makes an array of another dtype or rank an error where it would be promoted."""
@@ -263,9 +269,3 @@ def contents():
     return lambda folder: {
         path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
     }
-
-
-def pytest_collection_finish():
-    """Leaves what is there before the first test, most of it imported, out of all later collections of garbage."""
-    gc.collect()
-    gc.freeze()

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from flax_vae.layers.attention import Attention
@@ -99,7 +99,6 @@ def test_model_cuts_frames_where_tpus_compute_and_gives_the_same(frame_by_frame,
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-12 * np.abs(b).max())
 
 
-@settings(max_examples=20)
 @given(
     st.integers(1, 4),
     st.integers(1, 3),

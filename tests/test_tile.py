@@ -139,7 +139,7 @@ def test_tiles_of_latents_are_those_of_pixels(tiling, size):
 RATIOS = st.sampled_from([Fraction(1, 4), Fraction(1), Fraction(2)])
 
 
-@settings(max_examples=10)
+@settings(max_examples=15)
 @given(st.data(), RATIOS)
 def test_shares_in_every_pixel_sum_to_one(noise, data, ratio):
     tiling = data.draw(tilings(ratio.denominator, most=6))
@@ -149,7 +149,7 @@ def test_shares_in_every_pixel_sum_to_one(noise, data, ratio):
     assert close(tiled, local_step(ratio)(x, None)[0], 4)
 
 
-@settings(max_examples=10)
+@settings(max_examples=15)
 @given(st.data(), RATIOS)
 def test_tiles_are_blended_as_the_public_algorithm_does(noise, data, ratio):
     tiling = data.draw(tilings(ratio.denominator, most=6))
