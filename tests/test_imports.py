@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ["layers", "io", "models", "runtime", "train", "cli"]
-ORDER = ["geometry", "window neighbour strips", "winograd stacked", "frames", "lowering", "conv", "norm"]
+ORDER = ["geometry order", "window neighbour strips", "winograd stacked", "frames", "lowering", "conv", "norm"]
 ORDER += ["attention again", "resnet resample", "chunks", "blocks"]
 LAYERS = {name: place for place, names in enumerate(ORDER) for name in names.split()}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "flax_vae"}

@@ -10,6 +10,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flax_vae.layers import winograd
 from flax_vae.layers.conv import CausalConv3d
 from flax_vae.layers.lowering import _computed, convolve, kernel_gradient
 from flax_vae.layers.window import Window, lowered
@@ -146,6 +147,26 @@ def test_winograds_products_are_taken_where_they_pay(shape, channels, is_winogra
     window = Window((1, 1, 1), ((0, 0), (1, 1), (1, 1)))
     text = str(jax.make_jaxpr(lambda *inputs: convolve(*inputs, window))(x, kernel))
     assert ("dot_general" in text) == is_winograds
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_frames_in_blocks_of_rows_give_what_whole_ones_give(monkeypatch, backwards):
+    x, kernel, padding = drawn(2, 3, 21, 12, 3), drawn(3, 3, 3, 3, 4), ((1, 1), (0, 2))
+    whole = winograd.convolve(x, kernel, padding, backwards)
+    monkeypatch.setattr(winograd, "TILES", 30)
+    assert winograd.blocks_of_rows(2, 11, 6) == [slice(0, 3), slice(3, 6), slice(6, 9), slice(9, 11)]
+    np.testing.assert_allclose(
+        winograd.convolve(x, kernel, padding, backwards), whole, rtol=0, atol=2e-6 * np.abs(whole).max()
+    )
+
+
+@given(batch=st.integers(1, 3), rows=st.integers(1, 200), columns=st.integers(1, 200))
+def test_blocks_of_rows_hold_every_tile_once(batch, rows, columns):
+    blocks = winograd.blocks_of_rows(batch, rows, columns)
+    assert [row for block in blocks for row in range(block.start, block.stop)] == list(range(rows))
+    assert len(blocks) <= winograd.BLOCKS
+    largest = max(block.stop - block.start for block in blocks) - 1  # rows are not cut
+    assert largest * batch * columns <= max(1.5 * winograd.TILES, batch * rows * columns / winograd.BLOCKS)
 
 
 @pytest.mark.parametrize(

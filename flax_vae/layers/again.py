@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from flax import nnx
 
 from flax_vae.layers.conv import Clip
+from flax_vae.layers.order import at_once
 
 
 def call_again(function: Callable[..., Any], layers: Any, x: Clip, carry: Any) -> tuple[Clip, Any]:
@@ -21,12 +21,3 @@ def call_again(function: Callable[..., Any], layers: Any, x: Clip, carry: Any) -
     parameters, x, carry = at_once((parameters, x, carry))
     layers = nnx.merge(structure, parameters, state)  # the random state is that of the layers given
     return nnx.remat(function, graph_updates=False)(layers, x, carry)
-
-
-@jax.custom_vjp
-def at_once(tree):
-    """Gives a tree as it is; none of its gradients is passed on before all of them are computed."""
-    return tree
-
-
-at_once.defvjp(lambda tree: (tree, None), lambda _, gradients: (jax.lax.optimization_barrier(gradients),))

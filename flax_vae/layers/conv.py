@@ -17,6 +17,7 @@ from jaxtyping import Array, DTypeLike, Float
 from flax_vae.layers.geometry import Pair, causal_padding, conv_output_size, conv_outputs, triple
 from flax_vae.layers.lowering import convolve
 from flax_vae.layers.neighbour import FromNeighbour, frames_before
+from flax_vae.layers.order import computed_once, not_before
 from flax_vae.layers.strips import strips
 from flax_vae.layers.window import Window, wide_dtype
 
@@ -173,14 +174,15 @@ class CausalConv3d(nnx.Module):
         before = self.padding[0][0]
         if carry is None:
             check_start(x)
+        elif self.pad_mode == "circular" and before:
+            raise ValueError(
+                "circular padding joins the end of a clip to its start: pass the whole clip, it cannot be streamed"
+            )
+        x = computed_once(x if carry is None else self._extended(carry, x))
+        if carry is None:
             padding, seen, skipped = self.padding, x, 1 - self.span
             mode: PadMode = self.pad_mode if x.shape[1] > before else "constant"
         else:
-            if self.pad_mode == "circular" and before:
-                raise ValueError(
-                    "circular padding joins the end of a clip to its start: pass the whole clip, it cannot be streamed"
-                )
-            x = self._extended(carry, x)
             padding, seen, skipped = ((0, 0), *self.padding[1:]), x[:, self.span - 1 - before :], 0
             mode = self.pad_mode
         kernel, stride, dilation = self.conv.kernel_size[0], self.conv.stride[0], self.conv.dilation[0]
@@ -236,18 +238,6 @@ def add_bias(y: Array, bias: Array) -> Array:
     """Adds a bias to each channel in float32 or better, in which its gradient, a sum over pixels, is summed too."""
     bias = bias.astype(wide_dtype(y)).reshape((1,) * (y.ndim - 1) + bias.shape)
     return (y.astype(bias.dtype) + bias).astype(y.dtype)
-
-
-@jax.custom_vjp
-def not_before(other: Carry, x: Array) -> Array:
-    """Gives `x`, but not before `other` is computed; gradients do not wait.
-
-    XLA else puts off to the end of a program what only its caller asks for, and keeps what that is computed from.
-    """
-    return jax.lax.optimization_barrier((other, x))[1]
-
-
-not_before.defvjp(lambda other, x: (not_before(other, x), None), lambda _, gradient: (None, gradient))
 
 
 def check_clip(x: Array, channels: int) -> None:

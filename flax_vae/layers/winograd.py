@@ -2,8 +2,8 @@
 
 Winograd's F(2x2, 3x3) (Lavin & Gray 2016, arXiv:1509.09308). Tiles of 4x4 input pixels, which overlap by two, and a
 kernel are each brought to 4x4 sums; the products of these, over channels, are brought back to tiles of 2x2 output
-pixels. All coefficients are 0, 1, -1 or 1/2, so float32 rounds about as much as without it. Frames go one after the
-other: what one becomes still lies in the cache when all time taps of the kernel are multiplied with it.
+pixels. All coefficients are 0, 1, -1 or 1/2, so float32 rounds about as much as without it. Frames, or blocks of their
+rows, go one after the other: what one becomes still lies in the cache when all time taps are multiplied with it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ from jax import lax
 from jaxtyping import Array
 
 from flax_vae.layers.geometry import Pair, steps_of_frames
+from flax_vae.layers.order import not_before
 from flax_vae.layers.window import images
+
+TILES = 1000  # of a block of a frame: their sums, and the products with these, stay in the cache
+BLOCKS = 8  # of a frame at most: each is compiled
 
 Terms = Sequence[Sequence[tuple[int, float]]]  # for each sum, what it is of, and the weights
 Sums = list[list[Array]]
@@ -32,8 +36,26 @@ def convolve(x: Array, kernel: Array, padding: tuple[Pair, Pair], backwards: boo
 
     Before the first frame, or `backwards` after the last, are taps - 1 frames of zeros.
     """
-    taps, out = len(kernel), kernel.shape[4]
+    rows, columns = (size + sum(pad) - 2 for size, pad in zip(x.shape[2:4], padding, strict=True))
     spectrum = kernel_sums(jnp.concatenate(list(kernel), axis=-1))
+    tiles, done = tiled(x, padding), []
+    for block in blocks_of_rows(len(x), *(size // 2 - 1 for size in tiles.shape[2:4])):
+        seen = tiles[:, :, 2 * block.start : 2 * block.stop + 2]
+        seen = not_before(done[-1], seen) if done else seen
+        done.append(multiplied(seen, spectrum, len(kernel), backwards))
+    return jnp.concatenate(done, axis=2)[:, :, :rows, :columns]
+
+
+def blocks_of_rows(batch: int, rows: int, columns: int) -> list[slice]:
+    """Cuts the rows of a frame's tiles into blocks of about TILES tiles, or into BLOCKS blocks."""
+    size = -(-rows // min(BLOCKS, max(1, round(batch * rows * columns / TILES))))
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def multiplied(x: Array, spectrum: Sums, taps: int, backwards: bool) -> Array:
+    """Convolves (B, T, H, W, I), which `tiled` gave, with the sums of a kernel, to (B, T, H - 2, W - 2, O)."""
+    b, frames, height, width, _ = x.shape
+    out = spectrum[0][0].shape[1] // taps
 
     def step(later, frame):
         sums = jax.tree.map(jnp.matmul, input_sums(frame), spectrum)
@@ -42,13 +64,9 @@ def convolve(x: Array, kernel: Array, padding: tuple[Pair, Pair], backwards: boo
         now, *later = [a + b for a, b in zip([*later, 0], parts, strict=True)]
         return later, now
 
-    rows, columns = (size + sum(pad) - 2 for size, pad in zip(x.shape[2:4], padding, strict=True))
-    x = tiled(x, padding)
-    b, _, height, width, _ = x.shape
     nothing = jnp.zeros((b, height // 2 - 1, 2, width // 2 - 1, 2, out), x.dtype)
     _, y = lax.scan(step, [nothing] * (taps - 1), jnp.moveaxis(x, 1, 0), reverse=backwards)
-    y = jnp.moveaxis(y, 0, 1).reshape(*x.shape[:2], height - 2, width - 2, out)
-    return y[:, :, :rows, :columns]
+    return jnp.moveaxis(y, 0, 1).reshape(b, frames, height - 2, width - 2, out)
 
 
 def kernel_gradient(x: Array, dy: Array, padding: tuple[Pair, Pair], taps: int) -> Array:

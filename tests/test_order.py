@@ -1,0 +1,27 @@
+"""What a compiled program keeps, and what it computes once."""
+
+import jax
+import pytest
+from flax import nnx
+
+from flax_vae.layers.conv import CausalConv3d
+from flax_vae.layers.norm import CausalGroupNorm
+from flax_vae.layers.order import computed_once
+from flax_vae.layers.resnet import activated
+
+
+def test_what_a_carry_is_cut_from_is_computed_once(randomized):
+    layers = randomized(lambda rngs: nnx.List([CausalGroupNorm(4, 16, rngs=rngs), CausalConv3d(16, 16, 3, rngs=rngs)]))
+    x = jax.ShapeDtypeStruct((1, 17, 32, 32, 16), "float32")
+    with_carry, without = (
+        jax.jit(run).lower(x).compile().memory_analysis()
+        for run in (lambda x: activated(tuple(layers), x, None), lambda x: activated(tuple(layers), x, None)[0])
+    )
+    assert with_carry.output_size_in_bytes > without.output_size_in_bytes
+    assert with_carry.temp_size_in_bytes < 1.01 * without.temp_size_in_bytes
+
+
+@pytest.mark.parametrize(("platform", "waits"), [("cpu", True), ("tpu", False), ("cuda", False)])
+def test_only_a_cpu_is_kept_from_computing_again(platform, waits):
+    text = jax.jit(computed_once).trace(jax.ShapeDtypeStruct((3,), "float32")).lower(lowering_platforms=(platform,))
+    assert ("optimization_barrier" in text.as_text()) == waits
