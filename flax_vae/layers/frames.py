@@ -19,12 +19,13 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from flax_vae.layers import winograd
+from flax_vae.layers import stacked, winograd
 from flax_vae.layers.geometry import Pair, Triple, conv_outputs, steps_of_frames
 from flax_vae.layers.window import Tap, Window, images, mirrored, put, wide_dtype
 
 MOSTLY = 0.7  # of the products of frames and time taps, so many must be outputs' to compute all of them
 FEW = 100  # output channels up to which one convolution for all time taps is faster than one for each
+NARROW = 64  # input channels up to which strided columns are faster as channels, though a third more is multiplied
 
 
 def computes(window: Window, kernel: tuple[int, ...]) -> bool:
@@ -70,11 +71,15 @@ def _suits_winograd(window: Window, x: Array, kernel: tuple[int, ...], tiles: in
 def _by_taps(x, kernel, window):
     """Adds up 2D convolutions of the frames that each time tap sees, or those parts of one convolution for all taps.
 
-    One convolution has the outputs of all taps as its channels; it is the faster one where a tap has few.
+    One convolution has the inputs of all taps as its channels, where these are less than the outputs, or the outputs of
+    all taps; it is the faster one where a tap has few.
     """
     (taps, out), frames = (len(kernel), kernel.shape[4]), x.shape[1]
     outputs = window.output_size(x.shape[1:4], kernel.shape)[0]
     convolved = partial(_conv2d, padding=window.padding[1:], stride=window.stride[1:], dilation=window.dilation[1:])
+    if taps * x.shape[4] <= out:
+        x, kernel = stacked.stacked(x, kernel, window)
+        return _of_frames(partial(convolved, kernel=kernel), x).astype(x.dtype)
     seen = window.time_taps(taps, frames)
     at_once = out <= FEW and _share_seen(seen, taps, frames) > MOSTLY
     if at_once:
@@ -86,7 +91,7 @@ def _by_taps(x, kernel, window):
         else:
             part = _of_frames(partial(convolved, kernel=kernel[tap.index]), x[:, tap.frames])
         parts.append(put(part, tap.start, outputs))
-    return _total(parts, x)
+    return _total(parts).astype(x.dtype)
 
 
 def _share_seen(seen: list[Tap], taps: int, frames: int) -> float:
@@ -103,7 +108,7 @@ def input_gradient(dy: Array, kernel: Array, window: Window, size: Triple) -> Ar
         back = partial(_conv2d_input_gradient, kernel=kernel[tap.index], window=window, size=size[1:])
         part = _of_frames(back, dy[:, tap.start : tap.stop])
         parts.append(put(part, tap.frame, size[0], window.stride[0]))
-    return _total(parts, dy)
+    return _total(parts).astype(dy.dtype)
 
 
 def kernel_gradient(x: Array, dy: Array, window: Window, kernel: Triple) -> Array:
@@ -225,13 +230,26 @@ def _conv2d_strided(x, kernel, padding, stride, dilation):
     axes = zip(x.shape[1:3], kernel.shape[:2], stride, padding, dilation, strict=True)
     outputs = [conv_outputs(*axis) for axis in axes]
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    if stride[1] > 1 and x.shape[3] <= NARROW:
+        x, kernel = _columns_as_channels(x, kernel, stride[1], outputs[1])
+        stride = stride[0], 1
     parts = []
     for row, column in product(*map(range, stride)):
         part = kernel[row :: stride[0], column :: stride[1]]
         height, width = (n + (k - 1) * d for n, k, d in zip(outputs, part.shape[:2], dilation, strict=True))
         seen = x[:, row :: stride[0], column :: stride[1]][:, :height, :width]
         parts.append(_conv2d(seen, part, ((0, 0), (0, 0)), (1, 1), dilation))
-    return reduce(add, parts)
+    return _total(parts)
+
+
+def _columns_as_channels(x, kernel, count, outputs):
+    """Makes `count` columns one, and so many times the channels; the kernel has zeros for columns that it lacks."""
+    columns = -(-kernel.shape[1] // count)
+    width = (outputs + columns - 1) * count
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, max(0, width - x.shape[2])), (0, 0)))[:, :, :width]
+    kernel = jnp.pad(kernel, ((0, 0), (0, columns * count - kernel.shape[1]), (0, 0), (0, 0)))
+    x = x.reshape(*x.shape[:2], -1, count * x.shape[3])
+    return x, kernel.reshape(len(kernel), columns, -1, kernel.shape[3])
 
 
 def _of_frames(function, x):
@@ -240,6 +258,6 @@ def _of_frames(function, x):
     return y.reshape(*x.shape[:2], *y.shape[1:])
 
 
-def _total(parts, like):
+def _total(parts):
     """Adds up, once: without a barrier XLA computes the sum within each of what needs it, and keeps all parts."""
-    return lax.optimization_barrier(reduce(add, parts).astype(like.dtype))
+    return lax.optimization_barrier(reduce(add, parts))

@@ -11,6 +11,7 @@ from flax import nnx
 from flax_vae.layers.conv import CausalConv3d, Clip, check_clip, check_start
 from flax_vae.layers.geometry import triple
 from flax_vae.layers.neighbour import frames_before
+from flax_vae.layers.order import computed_once
 from flax_vae.layers.window import wide_dtype
 
 
@@ -127,7 +128,7 @@ class SpatialUpsample(nnx.Module):
     def __call__(self, x: Clip, carry=None):
         """Maps (B, T, H, W, C) to (B, T, 2H, 2W, out); returns it and the carry."""
         y, carry = self.conv(x, carry)
-        return rearrange(y, "b t h w (c p1 p2) -> b t (h p1) (w p2) c", p1=2, p2=2), carry
+        return computed_once(rearrange(y, "b t h w (c p1 p2) -> b t (h p1) (w p2) c", p1=2, p2=2)), carry
 
 
 class TemporalUpsample(nnx.Module):
@@ -143,4 +144,4 @@ class TemporalUpsample(nnx.Module):
         """Maps (B, T, H, W, C) to (B, 2T - 1 or 2T, H, W, out); returns it and the carry."""
         y, after = self.conv(x, carry)
         y = rearrange(y, "b t h w (c p) -> b (t p) h w c", p=2)
-        return (y[:, 1:] if carry is None else y), after
+        return computed_once(y[:, 1:] if carry is None else y), after
