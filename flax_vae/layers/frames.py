@@ -25,7 +25,6 @@ from flax_vae.layers.window import Tap, Window, images, mirrored, put, wide_dtyp
 
 MOSTLY = 0.7  # of the products of frames and time taps, so many must be outputs' to compute all of them
 FEW = 100  # output channels up to which one convolution for all time taps is faster than one for each
-NARROW = 64  # input channels up to which strided columns are faster as channels, though a third more is multiplied
 
 
 def computes(window: Window, kernel: tuple[int, ...]) -> bool:
@@ -89,9 +88,9 @@ def _by_taps(x, kernel, window):
         if at_once:
             part = every[:, tap.frames, ..., tap.index * out : (tap.index + 1) * out]
         else:
-            part = _of_frames(partial(convolved, kernel=kernel[tap.index]), x[:, tap.frames])
+            part = _once(_of_frames(partial(convolved, kernel=kernel[tap.index]), x[:, tap.frames]))
         parts.append(put(part, tap.start, outputs))
-    return _total(parts).astype(x.dtype)
+    return _once(reduce(add, parts).astype(x.dtype))
 
 
 def _share_seen(seen: list[Tap], taps: int, frames: int) -> float:
@@ -108,7 +107,7 @@ def input_gradient(dy: Array, kernel: Array, window: Window, size: Triple) -> Ar
         back = partial(_conv2d_input_gradient, kernel=kernel[tap.index], window=window, size=size[1:])
         part = _of_frames(back, dy[:, tap.start : tap.stop])
         parts.append(put(part, tap.frame, size[0], window.stride[0]))
-    return _total(parts).astype(dy.dtype)
+    return _once(reduce(add, parts).astype(dy.dtype))
 
 
 def kernel_gradient(x: Array, dy: Array, window: Window, kernel: Triple) -> Array:
@@ -230,26 +229,13 @@ def _conv2d_strided(x, kernel, padding, stride, dilation):
     axes = zip(x.shape[1:3], kernel.shape[:2], stride, padding, dilation, strict=True)
     outputs = [conv_outputs(*axis) for axis in axes]
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    if stride[1] > 1 and x.shape[3] <= NARROW:
-        x, kernel = _columns_as_channels(x, kernel, stride[1], outputs[1])
-        stride = stride[0], 1
     parts = []
     for row, column in product(*map(range, stride)):
         part = kernel[row :: stride[0], column :: stride[1]]
         height, width = (n + (k - 1) * d for n, k, d in zip(outputs, part.shape[:2], dilation, strict=True))
         seen = x[:, row :: stride[0], column :: stride[1]][:, :height, :width]
         parts.append(_conv2d(seen, part, ((0, 0), (0, 0)), (1, 1), dilation))
-    return _total(parts)
-
-
-def _columns_as_channels(x, kernel, count, outputs):
-    """Makes `count` columns one, and so many times the channels; the kernel has zeros for columns that it lacks."""
-    columns = -(-kernel.shape[1] // count)
-    width = (outputs + columns - 1) * count
-    x = jnp.pad(x, ((0, 0), (0, 0), (0, max(0, width - x.shape[2])), (0, 0)))[:, :, :width]
-    kernel = jnp.pad(kernel, ((0, 0), (0, columns * count - kernel.shape[1]), (0, 0), (0, 0)))
-    x = x.reshape(*x.shape[:2], -1, count * x.shape[3])
-    return x, kernel.reshape(len(kernel), columns, -1, kernel.shape[3])
+    return reduce(add, parts)
 
 
 def _of_frames(function, x):
@@ -258,6 +244,6 @@ def _of_frames(function, x):
     return y.reshape(*x.shape[:2], *y.shape[1:])
 
 
-def _total(parts):
-    """Adds up, once: without a barrier XLA computes the sum within each of what needs it, and keeps all parts."""
-    return lax.optimization_barrier(reduce(add, parts))
+def _once(total):
+    """Gives a sum that is computed once: XLA else computes it within each of what needs it, and keeps all parts."""
+    return lax.optimization_barrier(total)
