@@ -47,15 +47,18 @@ def gradients(window: Window, x: jax.Array, kernel: jax.Array):
     return y, pull(dy), jax.grad(squares, (0, 1, 2))(x, kernel, dy)
 
 
-WAYS = [(way, name) for way in ("frames", "stacked") for name in CASES] + [
-    ("winograd", name) for name in ("causal", "carried", "before-the-end", "frames-of-odd-size")
+WAYS = [(way, name, (3, 4)) for way in ("frames", "stacked") for name in CASES]
+WAYS += [("winograd", name, (3, 4)) for name in ("causal", "carried", "before-the-end", "frames-of-odd-size")]
+WAYS += [  # fewer inputs, of all time taps together, than outputs
+    ("frames", name, (1, 8))
+    for name in ("causal", "before-the-end", "down-by-2-and-3", "dilated", "longer-than-the-clip")
 ]
 
 
-@pytest.mark.parametrize(("way", "name"), WAYS)
-def test_each_way_gives_what_xla_gives(way, name):
+@pytest.mark.parametrize(("way", "name", "channels"), WAYS)
+def test_each_way_gives_what_xla_gives(way, name, channels):
     size, *rest = CASES[name]
-    x, kernel = drawn(2, 5, 7, 6, 3), drawn(*size, 3, 4)
+    x, kernel = drawn(2, 5, 7, 6, channels[0]), drawn(*size, *channels)
     ours, xlas = (
         jax.jit(gradients, static_argnums=0)(Window(*rest, lowering=each), x, kernel) for each in (way, "plain")
     )
