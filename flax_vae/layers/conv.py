@@ -174,15 +174,15 @@ class CausalConv3d(nnx.Module):
         before = self.padding[0][0]
         if carry is None:
             check_start(x)
-        elif self.pad_mode == "circular" and before:
-            raise ValueError(
-                "circular padding joins the end of a clip to its start: pass the whole clip, it cannot be streamed"
-            )
-        x = computed_once(x if carry is None else self._extended(carry, x))
-        if carry is None:
+            x = computed_once(x)
             padding, seen, skipped = self.padding, x, 1 - self.span
             mode: PadMode = self.pad_mode if x.shape[1] > before else "constant"
         else:
+            if self.pad_mode == "circular" and before:
+                raise ValueError(
+                    "circular padding joins the end of a clip to its start: pass the whole clip, it cannot be streamed"
+                )
+            x = computed_once(self._extended(carry, x))
             padding, seen, skipped = ((0, 0), *self.padding[1:]), x[:, self.span - 1 - before :], 0
             mode = self.pad_mode
         kernel, stride, dilation = self.conv.kernel_size[0], self.conv.stride[0], self.conv.dilation[0]

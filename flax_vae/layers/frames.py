@@ -21,6 +21,7 @@ from jaxtyping import Array
 
 from flax_vae.layers import stacked, winograd
 from flax_vae.layers.geometry import Pair, Triple, conv_outputs, steps_of_frames
+from flax_vae.layers.order import computed_once
 from flax_vae.layers.window import Tap, Window, images, mirrored, put, wide_dtype
 
 MOSTLY = 0.7  # of the products of frames and time taps, so many must be outputs' to compute all of them
@@ -70,14 +71,14 @@ def _suits_winograd(window: Window, x: Array, kernel: tuple[int, ...], tiles: in
 def _by_taps(x, kernel, window):
     """Adds up 2D convolutions of the frames that each time tap sees, or those parts of one convolution for all taps.
 
-    One convolution has the inputs of all taps as its channels, where these are less than the outputs, or the outputs of
-    all taps; it is the faster one where a tap has few.
+    One convolution has the inputs of all taps as its channels, where these are no more than the outputs, or the outputs
+    of all taps; it is the faster one where a tap has few.
     """
     (taps, out), frames = (len(kernel), kernel.shape[4]), x.shape[1]
     outputs = window.output_size(x.shape[1:4], kernel.shape)[0]
     convolved = partial(_conv2d, padding=window.padding[1:], stride=window.stride[1:], dilation=window.dilation[1:])
     if taps * x.shape[4] <= out:
-        x, kernel = stacked.stacked(x, kernel, window)
+        x, kernel = stacked.stack(x, kernel, window)
         return _of_frames(partial(convolved, kernel=kernel), x).astype(x.dtype)
     seen = window.time_taps(taps, frames)
     at_once = out <= FEW and _share_seen(seen, taps, frames) > MOSTLY
@@ -88,9 +89,10 @@ def _by_taps(x, kernel, window):
         if at_once:
             part = every[:, tap.frames, ..., tap.index * out : (tap.index + 1) * out]
         else:
-            part = _once(_of_frames(partial(convolved, kernel=kernel[tap.index]), x[:, tap.frames]))
+            # strides make a part a sum of four, which would else wait for those of the other taps
+            part = computed_once(_of_frames(partial(convolved, kernel=kernel[tap.index]), x[:, tap.frames]))
         parts.append(put(part, tap.start, outputs))
-    return _once(reduce(add, parts).astype(x.dtype))
+    return _total(parts, x)
 
 
 def _share_seen(seen: list[Tap], taps: int, frames: int) -> float:
@@ -107,7 +109,7 @@ def input_gradient(dy: Array, kernel: Array, window: Window, size: Triple) -> Ar
         back = partial(_conv2d_input_gradient, kernel=kernel[tap.index], window=window, size=size[1:])
         part = _of_frames(back, dy[:, tap.start : tap.stop])
         parts.append(put(part, tap.frame, size[0], window.stride[0]))
-    return _once(reduce(add, parts).astype(dy.dtype))
+    return _total(parts, dy)
 
 
 def kernel_gradient(x: Array, dy: Array, window: Window, kernel: Triple) -> Array:
@@ -244,6 +246,6 @@ def _of_frames(function, x):
     return y.reshape(*x.shape[:2], *y.shape[1:])
 
 
-def _once(total):
-    """Gives a sum that is computed once: XLA else computes it within each of what needs it, and keeps all parts."""
-    return lax.optimization_barrier(total)
+def _total(parts, like):
+    """Adds up, once: XLA else computes the sum within each of what needs it, and keeps all parts."""
+    return computed_once(reduce(add, parts).astype(like.dtype))

@@ -18,12 +18,12 @@ from flax_vae.layers.window import Window, images, mirrored, put
 
 def convolve(x: Array, kernel: Array, window: Window) -> Array:
     """Convolves a clip."""
-    seen, kernel = stacked(x, kernel, window)
+    seen, kernel = stack(x, kernel, window)
     y = _conv2d(images(seen), kernel, window)
     return y.reshape(*seen.shape[:2], *y.shape[1:])
 
 
-def stacked(x: Array, kernel: Array, window: Window) -> tuple[Array, Array]:
+def stack(x: Array, kernel: Array, window: Window) -> tuple[Array, Array]:
     """Gives (B, outputs, H, W, taps * C), the frames that each output sees, and the kernel (H, W, taps * I, O)."""
     taps, outputs = window.time_taps(len(kernel), x.shape[1]), window.output_size(x.shape[1:4], kernel.shape)
     seen = [put(x[:, tap.frames], tap.start, outputs[0]) for tap in taps]
