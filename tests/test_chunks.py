@@ -161,7 +161,7 @@ def test_gradients_through_chunks_are_those_of_the_whole_in_less_memory(randomiz
         video = vae.decode(posterior.sample(jax.random.key(0)), chunk=chunk and chunk // 2)
         return jnp.square(video - x).mean() + 1e-2 * posterior.kl()
 
-    x, results, memory = noise((1, 9, 12, 16, 3)), [], []
+    x, results, memory = noise((1, 17, 12, 16, 3)), [], []
     for chunk in (None, 2):
         step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=2, compiler_options=FAST)
         program = step.lower(parameters, x, chunk).compile()
@@ -173,7 +173,7 @@ def test_gradients_through_chunks_are_those_of_the_whole_in_less_memory(randomiz
     )  # the biases of attention's keys do nothing
     for whole, chunked, size in zip(*results, sizes, strict=True):
         assert np.abs(chunked - whole).max() < 1e-12 * max(size, 1e-3 * max(sizes))
-    assert memory[1] < 0.8 * memory[0]
+    assert memory[1] < 0.75 * memory[0]
 
 
 def test_a_carry_is_all_that_is_kept_for_it(randomized):
