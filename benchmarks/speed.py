@@ -91,12 +91,12 @@ class Worker:
             raise Failed(f"{self._name}: {answer['error']}")
         return answer
 
-    def go(self) -> float:
-        """Has the process call its task once; gives the seconds."""
+    def go(self, asked: Any = None) -> float:
+        """Has the process call its task once, or what it is asked for; gives the seconds."""
         assert self._process.stdin is not None
         time.sleep(REST)
         with contextlib.suppress(BrokenPipeError):  # the process has ended, as `answer` will say
-            self._process.stdin.write(b"go\n")
+            self._process.stdin.write(json.dumps(asked).encode() + b"\n")
         return self.answer()["seconds"]
 
     def close(self) -> None:

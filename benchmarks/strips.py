@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from typing import Any, get_args
 
+from benchmarks.convolutions import equations
 from benchmarks.speed import Row, Task
 from benchmarks.subjects import Preset
 from flax_vae.cli.plan_screen import amount, duration, scaled
@@ -82,18 +83,11 @@ def lowerable(row: Row, device: Any) -> tuple[Any, list[Any]]:
 
 def operand_bytes(jaxpr: Any) -> int:
     """Adds up the bytes of operands and results of convolutions and products of matrices; a loop's count each turn."""
-    from jax.extend.core import ClosedJaxpr, Jaxpr
-
     total = 0
-    for equation in jaxpr.eqns:
+    for equation, times in equations(jaxpr):
         if equation.primitive.name in ("conv_general_dilated", "dot_general"):
             arrays = [each.aval for each in (*equation.invars, *equation.outvars)]
-            total += sum(array.size * array.dtype.itemsize for array in arrays)
-            continue
-        for value in equation.params.values():
-            inner = value.jaxpr if isinstance(value, ClosedJaxpr) else value
-            if isinstance(inner, Jaxpr):
-                total += operand_bytes(inner) * equation.params.get("length", 1)
+            total += times * sum(array.size * array.dtype.itemsize for array in arrays)
     return total
 
 

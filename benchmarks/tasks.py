@@ -171,8 +171,8 @@ def set_up_jax(device: Device, precision: Precision) -> Any:
     return jnp.bfloat16 if precision == "bfloat16" else jnp.float32
 
 
-def set_up_torch(device: Device, precision: Precision) -> dict[str, Any]:
-    """Has torch compute in a precision, and says on what and in which dtype; RuntimeError without such a device."""
+def set_up_torch(device: Device, precision: Precision, is_channels_last: bool = False) -> dict[str, Any]:
+    """Has torch compute in a precision; says on what, in which dtype and layout; RuntimeError without such a device."""
     import torch
 
     if device == "gpu":
@@ -182,7 +182,8 @@ def set_up_torch(device: Device, precision: Precision) -> dict[str, Any]:
         torch.backends.cudnn.allow_tf32 = precision != "float32"
         torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    return {"device": "cuda" if device == "gpu" else "cpu", "dtype": dtype}
+    layout = torch.channels_last_3d if is_channels_last else torch.contiguous_format
+    return {"device": "cuda" if device == "gpu" else "cpu", "dtype": dtype, "memory_format": layout}
 
 
 def flax_ready(row: Row, device: Device, is_plain: bool, free: int | None) -> Ready:
@@ -238,8 +239,7 @@ def torch_ready(row: Row, device: Device, is_compiled: bool, is_channels_last: b
     """Makes a task of torch_ref, which compiles in its first call where it does at all."""
     import torch
 
-    place = set_up_torch(device, row.precision)
-    place["memory_format"] = torch.channels_last_3d if is_channels_last else torch.contiguous_format
+    place = set_up_torch(device, row.precision, is_channels_last)
     run = torch_task(row.task, torch_model(row.preset).to(**place), is_compiled)
     rng = np.random.default_rng(0)
     inputs = [to_torch(random_values(rng, shape)).to(**place) for shape in input_shapes(row)]

@@ -1,8 +1,8 @@
 """A process that `python -m benchmarks` starts, to do a task in one way; it answers in lines of JSON.
 
 A process has its own threads, which are in no other's way, and its own peak of memory. This one makes a task ready,
-calls it, and says what that took; then it calls it for every line that it reads, and says the seconds. Asked for the
-rate of matmuls, or for the flops of tasks, it answers once.
+calls it, and says what that took; then it calls it for every line that it reads, and says the seconds. So it does with
+the convolution that a line names. Asked for the rate of matmuls, or for the flops of tasks, it answers once.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import resource
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
+from benchmarks.convolutions import Convolution, ready_part
 from benchmarks.peak import loaded_bytes, peak_above, status
 from benchmarks.speed import OURS, PLAIN, Device, Measured, Precision, Row
 from benchmarks.subjects import random_values
@@ -28,6 +29,7 @@ from flax_vae.runtime.flags import order_for_memory
 
 SQUARE = {"cpu": 2048, "gpu": 8192}  # rows of the matrices that the rate is measured with
 PRODUCTS = 20
+AGAIN = 0.1  # seconds for which a convolution is called
 
 
 def main(request: str) -> None:
@@ -45,11 +47,16 @@ def main(request: str) -> None:
 
 
 def answers_to(kind: str, name: str, device: Device, **asked: Any) -> Iterator[Measured]:
-    """Yields the matmul "rate", the "flops" of rows, or of a "task" what making ready took, then seconds of calls."""
+    """Yields the matmul "rate", the "flops" of rows, or seconds of calls: of "convolutions", or of a "task".
+
+    Of a task, what making it ready took comes first.
+    """
     if kind == "rate":
         yield matmul_rate(name, device, asked["precision"])
     elif kind == "flops":
         yield {"flops": [flops_of(Row(**row)) for row in asked["rows"]]}
+    elif kind == "convolutions":
+        yield from convolution_calls(name, device, asked["precision"], map(Convolution.read, asked[kind]))
     else:
         yield from calls(name, device, Row(**asked["row"]), asked["free"])
 
@@ -69,6 +76,27 @@ def calls(way: str, device: Device, row: Row, free: int | None) -> Iterator[Meas
     yield {"took": took, "outcome": found, "memory": memory_of(ready, device)}
     for _ in sys.stdin:
         yield {"seconds": timed(ready.call)}
+
+
+def convolution_calls(
+    way: str, device: Device, precision: Precision, convolutions: Iterable[Convolution]
+) -> Iterator[Measured]:
+    """Calls, for each line of standard input, the convolution of this index, or one of its gradients, again and again.
+
+    Alone it would be too short: threads that have slept take milliseconds to start. What is asked for once more is
+    ready.
+    """
+    known = list(convolutions)
+    ready: tuple[Any, Callable[[], Any]] = (None, lambda: None)
+    for text in sys.stdin:
+        index, part = asked = json.loads(text)
+        if asked != ready[0]:
+            ready = asked, ready_part(way, known[index], part, device, precision)
+        calls, start = 0, time.perf_counter()
+        while (taken := time.perf_counter() - start) < AGAIN:
+            ready[1]()
+            calls += 1
+        yield {"seconds": taken / calls}
 
 
 def ready_to(way: str, device: Device, row: Row, free: int | None) -> Ready:
