@@ -408,6 +408,7 @@ CASES = [
     computed("winograd", causal("replicate", 3, pad_mode="replicate")),
     replace(computed("winograd", layer("resnet", (2, 5, 7, 6, 32), "CausalResnetBlock", 32, 64)), slow=True),
     layer("causal-large", (1, 5, 24, 22, 24), "CausalConv3d", 24, 32, 3),
+    layer("causal-large-frames", (1, 3, 72, 66, 6), "CausalConv3d", 6, 10, 3),
     layer("causal-3-channels-in", (2, 3, 9, 8, 3), "CausalConv3d", 3, 13, 3),
     layer("causal-3-channels-out", (2, 3, 9, 8, 13), "CausalConv3d", 13, 3, 3),
     layer("norm-4-groups", (3, 3, 5, 7, 12), "CausalGroupNorm", 4, 12),

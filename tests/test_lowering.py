@@ -10,7 +10,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flax_vae.layers import winograd
+from flax_vae.layers import frames, winograd
 from flax_vae.layers.conv import CausalConv3d
 from flax_vae.layers.lowering import _computed, convolve, kernel_gradient
 from flax_vae.layers.window import Window, lowered
@@ -62,6 +62,16 @@ def test_each_way_gives_what_xla_gives(way, name, channels):
     ours, xlas = (
         jax.jit(gradients, static_argnums=0)(Window(*rest, lowering=each), x, kernel) for each in (way, "plain")
     )
+    for actual, expected in zip(jax.tree.leaves(ours), jax.tree.leaves(xlas), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_large_frames_give_what_xla_gives(name, monkeypatch):
+    monkeypatch.setattr(frames, "LARGE", 20)  # frames one by one, gradients by the kernel in blocks of their rows
+    size, *rest = CASES[name]
+    x, kernel = drawn(1, 5, 11, 6, 3), drawn(*size, 3, 4)  # a shape of this test: programs are kept by shape
+    ours, xlas = (gradients(Window(*rest, lowering=each), x, kernel) for each in ("frames", "plain"))
     for actual, expected in zip(jax.tree.leaves(ours), jax.tree.leaves(xlas), strict=True):
         np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
 
@@ -150,6 +160,24 @@ def test_winograds_products_are_taken_where_they_pay(shape, channels, is_winogra
     window = Window((1, 1, 1), ((0, 0), (1, 1), (1, 1)))
     text = str(jax.make_jaxpr(lambda *inputs: convolve(*inputs, window))(x, kernel))
     assert ("dot_general" in text) == is_winograds
+
+
+@pytest.mark.parametrize(("size", "products"), [(64, 16), (128, 3)])
+def test_winograds_products_give_kernels_gradients_of_frames_that_are_not_large(size, products):
+    x = jax.ShapeDtypeStruct((1, 5, size, size, 64), jnp.float32)
+    window = Window((1, 1, 1), CAUSAL)
+    text = str(jax.make_jaxpr(lambda x, dy: kernel_gradient(x, dy, window, (3, 3, 3)))(x, x))
+    assert text.count("dot_general[") == products
+
+
+def test_large_frames_are_convolved_one_by_one():
+    def convolutions(size):
+        x = jax.ShapeDtypeStruct((1, 5, size, size, 32), jnp.float32)
+        kernel = jax.ShapeDtypeStruct((3, 3, 3, 32, 32), jnp.float32)
+        window = Window((1, 1, 1), CAUSAL, lowering="frames")
+        return str(jax.make_jaxpr(lambda *inputs: convolve(*inputs, window))(x, kernel)).count("conv_general_dilated[")
+
+    assert (convolutions(64), convolutions(72)) == (1, 5)
 
 
 @pytest.mark.parametrize("backwards", [False, True])

@@ -25,6 +25,7 @@ from flax_vae.layers.order import computed_once
 from flax_vae.layers.window import Tap, Window, images, mirrored, put, wide_dtype
 
 MOSTLY = 0.7  # of the products of frames and time taps, so many must be outputs' to compute all of them
+LARGE = 4096  # pixels of a block of a frame: what each row of a kernel sees of them stays in the cache
 FEW = 100  # output channels up to which one convolution for all time taps is faster than one for each
 
 
@@ -83,7 +84,10 @@ def _by_taps(x, kernel, window):
     seen = window.time_taps(taps, frames)
     at_once = out <= FEW and _share_seen(seen, taps, frames) > MOSTLY
     if at_once:
-        every = _of_frames(partial(convolved, kernel=jnp.concatenate(list(kernel), axis=-1)), x)
+        of_all_taps = partial(convolved, kernel=jnp.concatenate(list(kernel), axis=-1))
+        if len(x) * math.prod(x.shape[2:4]) > LARGE:
+            return _frame_by_frame(x, of_all_taps, seen, outputs, out)
+        every = _of_frames(of_all_taps, x)
     parts = []
     for tap in seen:
         if at_once:
@@ -93,6 +97,22 @@ def _by_taps(x, kernel, window):
             part = computed_once(_of_frames(partial(convolved, kernel=kernel[tap.index]), x[:, tap.frames]))
         parts.append(put(part, tap.start, outputs))
     return _total(parts, x)
+
+
+def _frame_by_frame(x, convolved, seen, outputs, out):
+    """Adds what each frame gives all time taps to the outputs that see it, before the next frame is convolved."""
+    sums = {}
+    for frame in range(x.shape[1]):
+        sums, image = lax.optimization_barrier((sums, x[:, frame]))
+        every = convolved(image)
+        for tap in seen:
+            ahead, between = divmod(frame - tap.frame, tap.stride)
+            output = tap.start + ahead
+            if not between and tap.start <= output < tap.stop:
+                part = every[..., tap.index * out : (tap.index + 1) * out]
+                sums[output] = sums[output] + part if output in sums else part
+    nothing = jnp.zeros_like(every[..., :out])
+    return jnp.stack([sums.get(output, nothing) for output in range(outputs)], axis=1).astype(x.dtype)
 
 
 def _share_seen(seen: list[Tap], taps: int, frames: int) -> float:
@@ -115,9 +135,12 @@ def input_gradient(dy: Array, kernel: Array, window: Window, size: Triple) -> Ar
 def kernel_gradient(x: Array, dy: Array, window: Window, kernel: Triple) -> Array:
     """Goes through the frames; what the kernel's rows see of each is multiplied with all outputs that see it.
 
-    Frames are taken in as many turns as the time stride is: those of a turn are seen by the same taps.
+    Frames are taken in as many turns as the time stride is: those of a turn are seen by the same taps. Winograd's
+    products compute those that are not large, where they pay.
     """
-    if _suits_winograd(window, x, (*kernel, x.shape[4], dy.shape[4]), tiles=150) and not window.padding[0][1]:
+    suits_winograd = _suits_winograd(window, x, (*kernel, x.shape[4], dy.shape[4]), tiles=150)
+    is_large = len(x) * math.prod(dy.shape[2:4]) > LARGE and window.lowering == "platform"
+    if suits_winograd and not window.padding[0][1] and not is_large:
         dy = jnp.pad(dy, ((0, 0), (x.shape[1] - dy.shape[1], 0), (0, 0), (0, 0), (0, 0)))
         return winograd.kernel_gradient(x, dy, window.padding[1:], kernel[0])
     stride, taps = window.stride[0], [jnp.zeros((*kernel[1:], x.shape[4], dy.shape[4]), dy.dtype)] * kernel[0]
@@ -135,31 +158,38 @@ def kernel_gradient(x: Array, dy: Array, window: Window, kernel: Triple) -> Arra
 def _kernel_gradient_of_turn(x, dy, window, kernel, ahead):
     """Gives (tap, H, W, I, O) of the taps through which frame i is seen by output i + ahead.
 
-    Outputs have their channels first: XLA multiplies a matrix of many columns with one of many rows at 1.5 times the
-    rate of two of many rows.
+    Large frames are taken in blocks of rows. Outputs have their channels first: XLA multiplies a matrix of many columns
+    with one of many rows at 1.5 times the rate of two of many rows.
     """
     (outputs, height, width, out), first = dy.shape[1:], min(0, *ahead)
     steps, size = steps_of_frames(x.shape[1], len(x) * height * width)
-    x = jnp.pad(x, ((0, 0), (0, steps * size - x.shape[1]), (0, 0), (0, 0), (0, 0)))
-    dy = jnp.pad(dy, ((0, 0), (-first, max(0, steps * size + max(ahead) - outputs)), (0, 0), (0, 0), (0, 0)))
-    dy = jnp.moveaxis(dy, (1, 4), (0, 1)).reshape(dy.shape[1], out, -1)
+    block = -(-height // max(1, len(x) * height * width // LARGE))
+    blocks = -(-height // block)
+    more, stride = blocks * block - height, window.stride[1]
+    x = jnp.pad(x, ((0, 0), (0, steps * size - x.shape[1]), (0, more * stride), (0, 0), (0, 0)))
+    later = max(0, steps * size + max(ahead) - outputs)
+    dy = jnp.pad(dy, ((0, 0), (-first, later), (0, more), (0, 0), (0, 0)))
+    dy = jnp.moveaxis(dy, (1, 4), (0, 1))  # T O B H W
     rows, columns = (
         [slice(k * d, k * d + (n - 1) * s + 1, s) for k in range(taps)]
-        for taps, d, n, s in zip(kernel[1:], window.dilation[1:], (height, width), window.stride[1:], strict=True)
+        for taps, d, n, s in zip(kernel[1:], window.dilation[1:], (block, width), window.stride[1:], strict=True)
     )
 
-    def add_frames(sums, step):
-        seen = jnp.moveaxis(lax.dynamic_slice_in_dim(x, step * size, size, 1), 1, 0)
+    def add_block(sums, index):
+        frame, row = index // blocks * size, index % blocks * block
+        seen = lax.dynamic_slice_in_dim(lax.dynamic_slice_in_dim(x, frame, size, 1), row * stride, rows[-1].stop, 2)
+        seen = jnp.moveaxis(seen, 1, 0)
         seen = jnp.concatenate([seen[:, :, :, column] for column in columns], axis=-1)
-        pulls = [lax.dynamic_slice_in_dim(dy, step * size + n - first, size, 0) for n in ahead]
-        pulls = jnp.stack([jnp.moveaxis(pull, 1, 0) for pull in pulls]).reshape(len(ahead) * out, -1)
+        pulls = [lax.dynamic_slice_in_dim(dy, frame + n - first, size, 0) for n in ahead]
+        pulls = [jnp.moveaxis(lax.dynamic_slice_in_dim(pull, row, block, 3), 1, 0) for pull in pulls]
+        pulls = jnp.stack(pulls).reshape(len(ahead) * out, -1)
         of_rows = [seen[:, :, row].reshape(pulls.shape[1], -1) for row in rows]
         return [
             s + jnp.matmul(pulls, row, preferred_element_type=s.dtype) for s, row in zip(sums, of_rows, strict=True)
         ], None
 
     nothing = jnp.zeros((len(ahead) * out, kernel[2] * x.shape[4]), wide_dtype(dy))
-    sums, _ = lax.scan(add_frames, [nothing] * kernel[1], jnp.arange(steps))
+    sums, _ = lax.scan(add_block, [nothing] * kernel[1], jnp.arange(steps * blocks))
     sums = jnp.stack(sums).reshape(kernel[1], len(ahead), out, kernel[2], x.shape[4])
     return jnp.transpose(sums, (1, 0, 3, 4, 2)).astype(dy.dtype)
 
