@@ -29,9 +29,10 @@ from flax_vae.io.files import replacing
 
 LAYOUTS = ("eager", "channels_last_3d")
 NOTES = """
-- Milliseconds of all convolutions of a row, {times} each, flax_vae / torch in the faster of its two layouts; medians of
+- Milliseconds of all convolutions of a row together, flax_vae / torch in the faster of its two layouts; medians of
   {rounds} rounds. Torch pads the clip before it convolves. The rows are sorted by what flax_vae takes more than torch.
 - rest: what the gradient as a whole takes beyond its convolutions: norms, silus, attention, and what is computed again.
+  It can be negative: a large convolution by itself has pages of memory cleared that a whole program has already.
 """
 
 
@@ -87,7 +88,7 @@ def main(
             whole = gradient_seconds(row, rounds, device, log)
         except speed.Failed as failed:
             raise SystemExit(str(failed)) from None
-    print(table(found, whole) + NOTES.format(times="count times", rounds=rounds))
+    print(table(found, whole) + NOTES.format(rounds=rounds))
     kept = {"machine": machine(), **asdict(row), "gradient": whole, "convolutions": [asdict(each) for each in found]}
     with replacing(out / "layers.json") as part:
         part.write_text(json.dumps(kept, indent=1) + "\n")

@@ -25,7 +25,7 @@ from flax_vae.layers.order import computed_once
 from flax_vae.layers.window import Tap, Window, images, mirrored, put, wide_dtype
 
 MOSTLY = 0.7  # of the products of frames and time taps, so many must be outputs' to compute all of them
-LARGE = 4096  # pixels of a block of a frame: what each row of a kernel sees of them stays in the cache
+LARGE = 4096  # pixels, of which all that is computed stays in the cache: larger frames are taken one by one, or cut
 FEW = 100  # output channels up to which one convolution for all time taps is faster than one for each
 
 
