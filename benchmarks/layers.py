@@ -58,8 +58,8 @@ class Timed:
         return sum(ours - torch for ours, torch in map(self.taken, PARTS))
 
     @property
-    def both(self) -> float:
-        """Gives the seconds of both together."""
+    def total(self) -> float:
+        """Gives the seconds of flax_vae and of torch together."""
         return sum(ours + torch for ours, torch in map(self.taken, PARTS))
 
 
@@ -87,7 +87,8 @@ def main(
     precision = precision or ("float32" if device == "cpu" else "tf32")
     row = Row(preset, precision, "gradient", frames, pixels)
     out.mkdir(parents=True, exist_ok=True)
-    print(f"# Convolutions of the {preset} model, {size}\n\n{machine()}\n", flush=True)
+    where = machine()
+    print(f"# Convolutions of the {preset} model, {size}\n\n{where}\n", flush=True)
     with open(out / "workers.log", "wb") as log:
         try:
             found = sorted(timed(row, rounds, device, log), key=lambda each: -each.behind)
@@ -95,7 +96,7 @@ def main(
         except speed.Failed as failed:
             raise SystemExit(str(failed)) from None
     print(table(found, whole) + NOTES.format(rounds=rounds))
-    kept = {"machine": machine(), **asdict(row), "gradient": whole, "convolutions": [asdict(each) for each in found]}
+    kept = {"machine": where, **asdict(row), "gradient": whole, "convolutions": [asdict(each) for each in found]}
     with replacing(out / "layers.json") as part:
         part.write_text(json.dumps(kept, indent=1) + "\n")
     draw(found, f"{preset} model, {precision}, {size}", out / "layers.png")
@@ -156,11 +157,8 @@ def table(found: Sequence[Timed], whole: dict[str, float]) -> str:
     lines.append(line(["all", str(count), *map(both, sums), f"{1000 * (ours - torch):+,.0f}"]))
     theirs = min(whole[way] for way in LAYOUTS)
     rest = both((whole[OURS] - ours, theirs - torch))
-    return (
-        "\n".join(lines)
-        + f"\n\nall convolutions: {both((ours, torch))} ms; rest: {rest} ms; "
-        + (f"the gradient as a whole: {both((whole[OURS], theirs))} ms")
-    )
+    lines += ["", f"all convolutions: {both((ours, torch))} ms; rest: {rest} ms; "]
+    return "\n".join(lines) + f"the gradient as a whole: {both((whole[OURS], theirs))} ms"
 
 
 def both(seconds: Sequence[float]) -> str:
@@ -172,8 +170,8 @@ def draw(found: Sequence[Timed], title: str, path: Path) -> None:
     """Draws for each of the longest convolutions a bar of flax_vae above one of torch, of three parts."""
     from matplotlib.figure import Figure
 
-    least = sorted(each.both for each in found)[-DRAWN:][0]
-    found = [each for each in found if each.both >= least]
+    least = sorted(each.total for each in found)[-DRAWN:][0]
+    found = [each for each in found if each.total >= least]
     figure = Figure((9, 1.5 + 0.45 * len(found)), layout="constrained")
     axes = figure.subplots()
     colors = ("tab:blue", "tab:orange", "tab:green")

@@ -85,7 +85,7 @@ def _by_taps(x, kernel, window):
     at_once = out <= FEW and _share_seen(seen, taps, frames) > MOSTLY
     if at_once:
         of_all_taps = partial(convolved, kernel=jnp.concatenate(list(kernel), axis=-1))
-        if len(x) * math.prod(x.shape[2:4]) > LARGE:
+        if _is_large(x):
             return _frame_by_frame(x, of_all_taps, seen, outputs, out)
         every = _of_frames(of_all_taps, x)
     parts = []
@@ -115,6 +115,11 @@ def _frame_by_frame(x, convolved, seen, outputs, out):
     return jnp.stack([sums.get(output, nothing) for output in range(outputs)], axis=1).astype(x.dtype)
 
 
+def _is_large(x: Array) -> bool:
+    """Tells whether the frames at one time have more pixels than stay in the cache."""
+    return len(x) * math.prod(x.shape[2:4]) > LARGE
+
+
 def _share_seen(seen: list[Tap], taps: int, frames: int) -> float:
     """Gives how many of the products of each frame with each time tap are any output's."""
     return sum(tap.stop - tap.start for tap in seen) / (taps * frames)
@@ -139,8 +144,8 @@ def kernel_gradient(x: Array, dy: Array, window: Window, kernel: Triple) -> Arra
     products compute those that are not large, where they pay.
     """
     suits_winograd = _suits_winograd(window, x, (*kernel, x.shape[4], dy.shape[4]), tiles=150)
-    is_large = len(x) * math.prod(dy.shape[2:4]) > LARGE and window.lowering == "platform"
-    if suits_winograd and not window.padding[0][1] and not is_large:
+    is_left_to_blocks = window.lowering == "platform" and _is_large(dy)
+    if suits_winograd and not window.padding[0][1] and not is_left_to_blocks:
         dy = jnp.pad(dy, ((0, 0), (x.shape[1] - dy.shape[1], 0), (0, 0), (0, 0), (0, 0)))
         return winograd.kernel_gradient(x, dy, window.padding[1:], kernel[0])
     stride, taps = window.stride[0], [jnp.zeros((*kernel[1:], x.shape[4], dy.shape[4]), dy.dtype)] * kernel[0]
@@ -176,12 +181,12 @@ def _kernel_gradient_of_turn(x, dy, window, kernel, ahead):
     )
 
     def add_block(sums, index):
-        frame, row = index // blocks * size, index % blocks * block
-        seen = lax.dynamic_slice_in_dim(lax.dynamic_slice_in_dim(x, frame, size, 1), row * stride, rows[-1].stop, 2)
+        frame, top = index // blocks * size, index % blocks * block
+        seen = lax.dynamic_slice_in_dim(lax.dynamic_slice_in_dim(x, frame, size, 1), top * stride, rows[-1].stop, 2)
         seen = jnp.moveaxis(seen, 1, 0)
         seen = jnp.concatenate([seen[:, :, :, column] for column in columns], axis=-1)
         pulls = [lax.dynamic_slice_in_dim(dy, frame + n - first, size, 0) for n in ahead]
-        pulls = [jnp.moveaxis(lax.dynamic_slice_in_dim(pull, row, block, 3), 1, 0) for pull in pulls]
+        pulls = [jnp.moveaxis(lax.dynamic_slice_in_dim(pull, top, block, 3), 1, 0) for pull in pulls]
         pulls = jnp.stack(pulls).reshape(len(ahead) * out, -1)
         of_rows = [seen[:, :, row].reshape(pulls.shape[1], -1) for row in rows]
         return [
