@@ -22,7 +22,8 @@ from flax_vae import CausalVideoVAE
 from flax_vae.cli.train import Stop
 from flax_vae.io.latents import Latents
 from flax_vae.io.manifest import read_entries
-from flax_vae.runtime.cluster import GONE, Cluster, check
+from flax_vae.runtime import cluster
+from flax_vae.runtime.cluster import GONE, Cluster, check, noticing
 from flax_vae.train.config import ClipConfig
 from flax_vae.train.data import batches, rows_of
 from flax_vae.train.result import averaged
@@ -281,6 +282,28 @@ def test_two_processes_train_as_one_does_and_one_goes_on_with_it(hosts, vae, cli
     hosts.run(*training(vae, clips, two))
     check_close(metrics(two), metrics(one))
     assert averaged(two)[1] == 4
+
+
+GLOO = RuntimeError("UNKNOWN: Gloo AllGather failed: connection closed by peer")
+
+
+@pytest.mark.parametrize(
+    ("error", "cause", "is_noticed"),
+    [
+        (GLOO, None, True),
+        (OSError("a checkpoint could not be written"), GLOO, True),
+        (OSError("Gloomy/checkpoints: no space left"), None, False),
+        (RuntimeError("out of memory"), None, False),
+    ],
+)
+def test_an_error_says_that_another_process_is_gone_also_where_it_came_up_in_a_write(
+    error, cause, is_noticed, monkeypatch, capsys
+):
+    monkeypatch.setattr(cluster, "is_joined", lambda: True)
+    monkeypatch.setattr(cluster, "leave", sys.exit)
+    with pytest.raises(SystemExit if is_noticed else type(error)), noticing():
+        raise error from cause
+    assert (GONE in capsys.readouterr().err) == is_noticed
 
 
 @pytest.mark.slow

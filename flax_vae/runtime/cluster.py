@@ -93,11 +93,20 @@ def noticing() -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, ValueError) as error:  # of jax, which has no class for it
-        if not is_joined() or "Gloo" not in str(error):
+    except Exception as error:
+        if not is_joined() or not comes_from_gloo(error):
             raise
         print(f"flax-vae: {GONE}", file=sys.stderr)
         leave(2)
+
+
+def comes_from_gloo(error: BaseException | None) -> bool:
+    """Tells an error that began, perhaps several errors before it, where processes exchange data."""
+    while error is not None:
+        if isinstance(error, (RuntimeError, ValueError)) and "Gloo" in str(error):  # of jax, which has no class for it
+            return True
+        error = error.__cause__
+    return False
 
 
 def join(cluster: Cluster) -> None:
