@@ -170,6 +170,15 @@ def test_winograds_products_give_kernels_gradients_of_frames_that_are_not_large(
     assert text.count("dot_general[") == products
 
 
+@pytest.mark.parametrize(("channels", "convolutions"), [(3, 1), (33, 1), (34, 3)])
+def test_taps_are_one_convolution_of_their_inputs_while_these_are_few(channels, convolutions):
+    x = jax.ShapeDtypeStruct((1, 5, 8, 8, channels), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((3, 3, 3, channels, 128), jnp.float32)
+    window = Window((1, 1, 1), CAUSAL, lowering="frames")
+    text = str(jax.make_jaxpr(lambda *inputs: convolve(*inputs, window))(x, kernel))
+    assert text.count("conv_general_dilated[") == convolutions
+
+
 def test_large_frames_are_convolved_one_by_one():
     def convolutions(size):
         x = jax.ShapeDtypeStruct((1, 5, size, size, 32), jnp.float32)
@@ -185,19 +194,21 @@ def test_frames_in_blocks_of_rows_give_what_whole_ones_give(monkeypatch, backwar
     x, kernel, padding = drawn(2, 3, 21, 12, 3), drawn(3, 3, 3, 3, 4), ((1, 1), (0, 2))
     whole = winograd.convolve(x, kernel, padding, backwards)
     monkeypatch.setattr(winograd, "TILES", 30)
-    assert winograd.blocks_of_rows(2, 11, 6) == [slice(0, 3), slice(3, 6), slice(6, 9), slice(9, 11)]
+    assert winograd.blocks_of_rows(2, 11, 6, 15) == [slice(0, 3), slice(3, 6), slice(6, 9), slice(9, 11)]
     np.testing.assert_allclose(
         winograd.convolve(x, kernel, padding, backwards), whole, rtol=0, atol=2e-6 * np.abs(whole).max()
     )
 
 
-@given(batch=st.integers(1, 3), rows=st.integers(1, 200), columns=st.integers(1, 200))
-def test_blocks_of_rows_hold_every_tile_once(batch, rows, columns):
-    blocks = winograd.blocks_of_rows(batch, rows, columns)
+@given(
+    batch=st.integers(1, 3), rows=st.integers(1, 200), columns=st.integers(1, 200), channels=st.sampled_from([9, 4096])
+)
+def test_blocks_of_rows_hold_every_tile_once(batch, rows, columns, channels):
+    blocks, tiles = winograd.blocks_of_rows(batch, rows, columns, channels), 1000 if channels == 9 else 125
     assert [row for block in blocks for row in range(block.start, block.stop)] == list(range(rows))
     assert len(blocks) <= winograd.BLOCKS
     largest = max(block.stop - block.start for block in blocks) - 1  # rows are not cut
-    assert largest * batch * columns <= max(1.5 * winograd.TILES, batch * rows * columns / winograd.BLOCKS)
+    assert largest * batch * columns <= max(1.5 * tiles, batch * rows * columns / winograd.BLOCKS)
 
 
 @pytest.mark.parametrize(

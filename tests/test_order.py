@@ -4,6 +4,7 @@ import jax
 import pytest
 from flax import nnx
 
+from flax_vae.layers import winograd
 from flax_vae.layers.conv import CausalConv3d
 from flax_vae.layers.norm import CausalGroupNorm
 from flax_vae.layers.order import computed_once
@@ -19,6 +20,20 @@ def test_what_a_carry_is_cut_from_is_computed_once(randomized):
     )
     assert with_carry.output_size_in_bytes > without.output_size_in_bytes
     assert with_carry.temp_size_in_bytes < 1.01 * without.temp_size_in_bytes
+
+
+def test_winograds_products_share_no_clip_of_zeros_that_each_copies():
+    x, kernel = (jax.ShapeDtypeStruct(shape, "float32") for shape in ((1, 17, 32, 32, 16), (3, 3, 3, 16, 16)))
+
+    def temporaries(count):
+        def chain(x, kernel):
+            for _ in range(count):
+                x = winograd.convolve(x, kernel, ((1, 1), (1, 1)))
+            return x
+
+        return jax.jit(chain).lower(x, kernel).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(2) < temporaries(1) + 0.2 * x.size * x.dtype.itemsize
 
 
 @pytest.mark.parametrize(("platform", "waits"), [("cpu", True), ("tpu", False), ("cuda", False)])

@@ -26,7 +26,7 @@ from flax_vae.layers.window import Tap, Window, images, mirrored, put, wide_dtyp
 
 MOSTLY = 0.7  # of the products of frames and time taps, so many must be outputs' to compute all of them
 LARGE = 4096  # pixels, of which all that is computed stays in the cache: larger frames are taken one by one, or cut
-FEW = 100  # output channels up to which one convolution for all time taps is faster than one for each
+FEW = 100  # channels up to which one convolution for all time taps is faster than one for each
 
 
 def computes(window: Window, kernel: tuple[int, ...]) -> bool:
@@ -72,13 +72,13 @@ def _suits_winograd(window: Window, x: Array, kernel: tuple[int, ...], tiles: in
 def _by_taps(x, kernel, window):
     """Adds up 2D convolutions of the frames that each time tap sees, or those parts of one convolution for all taps.
 
-    One convolution has the inputs of all taps as its channels, where these are no more than the outputs, or the outputs
-    of all taps; it is the faster one where a tap has few.
+    One convolution has the inputs of all taps as its channels, where these are few and no more than the outputs, or the
+    outputs of all taps; it is the faster one where a tap has few.
     """
     (taps, out), frames = (len(kernel), kernel.shape[4]), x.shape[1]
     outputs = window.output_size(x.shape[1:4], kernel.shape)[0]
     convolved = partial(_conv2d, padding=window.padding[1:], stride=window.stride[1:], dilation=window.dilation[1:])
-    if taps * x.shape[4] <= out:
+    if taps * x.shape[4] <= min(out, FEW):
         x, kernel = stacked.stack(x, kernel, window)
         return _of_frames(partial(convolved, kernel=kernel), x).astype(x.dtype)
     seen = window.time_taps(taps, frames)

@@ -22,6 +22,7 @@ from flax_vae.layers.order import not_before
 from flax_vae.layers.window import images
 
 TILES = 1000  # of a block of a frame: their sums, and the products with these, stay in the cache
+CHANNELS = 512  # of sums and products together, with which that is so; with more, a block has fewer tiles
 BLOCKS = 8  # of a frame at most: each is compiled
 
 Terms = Sequence[Sequence[tuple[int, float]]]  # for each sum, what it is of, and the weights
@@ -39,16 +40,18 @@ def convolve(x: Array, kernel: Array, padding: tuple[Pair, Pair], backwards: boo
     rows, columns = (size + sum(pad) - 2 for size, pad in zip(x.shape[2:4], padding, strict=True))
     spectrum = kernel_sums(jnp.concatenate(list(kernel), axis=-1))
     tiles, done = tiled(x, padding), []
-    for block in blocks_of_rows(len(x), *(size // 2 - 1 for size in tiles.shape[2:4])):
+    channels = kernel.shape[3] + len(kernel) * kernel.shape[4]
+    for block in blocks_of_rows(len(x), *(size // 2 - 1 for size in tiles.shape[2:4]), channels):
         seen = tiles[:, :, 2 * block.start : 2 * block.stop + 2]
         seen = not_before(done[-1], seen) if done else seen
         done.append(multiplied(seen, spectrum, len(kernel), backwards))
     return jnp.concatenate(done, axis=2)[:, :, :rows, :columns]
 
 
-def blocks_of_rows(batch: int, rows: int, columns: int) -> list[slice]:
-    """Cuts the rows of a frame's tiles into blocks of about TILES tiles, or into BLOCKS blocks."""
-    size = -(-rows // min(BLOCKS, max(1, round(batch * rows * columns / TILES))))
+def blocks_of_rows(batch: int, rows: int, columns: int, channels: int) -> list[slice]:
+    """Cuts the rows of a frame's tiles into blocks that the cache holds, or into BLOCKS blocks."""
+    tiles = TILES * min(1, CHANNELS / channels)
+    size = -(-rows // min(BLOCKS, max(1, round(batch * rows * columns / tiles))))
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
@@ -57,16 +60,20 @@ def multiplied(x: Array, spectrum: Sums, taps: int, backwards: bool) -> Array:
     b, frames, height, width, _ = x.shape
     out = spectrum[0][0].shape[1] // taps
 
-    def step(later, frame):
-        sums = jax.tree.map(jnp.matmul, input_sums(frame), spectrum)
+    def add_frame(index, done):
+        later, y = done
+        frame = frames - 1 - index if backwards else index
+        sums = jax.tree.map(jnp.matmul, input_sums(lax.dynamic_index_in_dim(x, frame, 1, keepdims=False)), spectrum)
         sums = jax.tree.map(lambda each: each.reshape(*each.shape[:3], taps, out), sums)
         parts = [output_pixels(sums, tap) for tap in (range(taps) if backwards else reversed(range(taps)))]
         now, *later = [a + b for a, b in zip([*later, 0], parts, strict=True)]
-        return later, now
+        return later, lax.dynamic_update_index_in_dim(y, now, frame, 1)
 
-    nothing = jnp.zeros((b, height // 2 - 1, 2, width // 2 - 1, 2, out), x.dtype)
-    _, y = lax.scan(step, [nothing] * (taps - 1), jnp.moveaxis(x, 1, 0), reverse=backwards)
-    return jnp.moveaxis(y, 0, 1).reshape(b, frames, height - 2, width - 2, out)
+    of_frame = b, height // 2 - 1, 2, width // 2 - 1, 2, out
+    zero = not_before(x, jnp.zeros((), x.dtype))  # else XLA keeps one clip of zeros, and copies it for each convolution
+    y = jnp.broadcast_to(zero, (b, frames, *of_frame[1:]))
+    _, y = lax.fori_loop(0, frames, add_frame, ([jnp.zeros(of_frame, x.dtype)] * (taps - 1), y))
+    return y.reshape(b, frames, height - 2, width - 2, out)
 
 
 def kernel_gradient(x: Array, dy: Array, padding: tuple[Pair, Pair], taps: int) -> Array:
