@@ -28,6 +28,7 @@ import tyro
 
 from benchmarks import speed
 from benchmarks import speed_report as report
+from benchmarks.options import frames_and_pixels, usual
 from benchmarks.peak import free_bytes
 from benchmarks.speed import OURS, Device, Measured, Precision, Row, Task, Way
 from benchmarks.speed_report import Found
@@ -39,11 +40,6 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "numpy")
 BUSY = 0.5  # load average; most of all torch suffers, whose threads wait for each other
 PRECISIONS: dict[Device, tuple[Precision, ...]] = {"cpu": ("float32",), "gpu": ("tf32", "bfloat16")}
 SIZES: dict[Device, tuple[str, ...]] = {"cpu": ("9x64", "17x64", "9x128"), "gpu": ("9x256", "17x256", "9x512")}
-
-
-def usual(of_cpu: str, of_gpu: str) -> object:
-    """Tells in `--help` what is taken where nothing is given."""
-    return tyro.conf.arg(help_behavior_hint=f"(default: {of_cpu} on a cpu, {of_gpu} on a gpu)")
 
 
 @dataclass(frozen=True)
@@ -111,20 +107,13 @@ def rows_of(options: Options) -> Iterator[Row]:
         raise SystemExit("--precision tf32: a cpu has none, expected float32 or bfloat16")
     if options.rounds < 1:
         raise SystemExit(f"--rounds {options.rounds}: expected at least 1")
-    sizes = [parsed(text) for text in options.sizes or SIZES[options.device][: 1 if options.short else None]]
+    sizes = [
+        frames_and_pixels(text, "--sizes")
+        for text in options.sizes or SIZES[options.device][: 1 if options.short else None]
+    ]
     for preset, precision in itertools.product(options.presets, precisions(options)):
         for task, (frames, size) in itertools.product(options.jobs, sizes):
             yield Row(preset, precision, task, frames, size)
-
-
-def parsed(size: str) -> tuple[int, int]:
-    """Reads frames and pixels of 9x64; SystemExit for anything else, and for what the models do not take."""
-    numbers = size.split("x")
-    if len(numbers) == 2 and all(number.isdecimal() for number in numbers):
-        frames, pixels = map(int, numbers)
-        if frames % 8 == 1 and pixels % 8 == 0 and pixels >= 16:
-            return frames, pixels
-    raise SystemExit(f"--sizes {size}: expected 8k + 1 frames x pixels, a multiple of 8, from 16 on, as 9x64")
 
 
 def precisions(options: Options) -> tuple[Precision, ...]:

@@ -19,8 +19,8 @@ from typing import IO, Annotated, Any
 import tyro
 
 from benchmarks import speed
-from benchmarks.__main__ import parsed, usual
 from benchmarks.convolutions import PARTS, Convolution, Part, convolutions_of
+from benchmarks.options import frames_and_pixels, usual
 from benchmarks.speed import OURS, Device, Precision, Row, Worker
 from benchmarks.speed_report import line
 from benchmarks.subjects import Preset, machine
@@ -83,7 +83,7 @@ def main(
     """
     if rounds < 1:
         raise SystemExit(f"--rounds {rounds}: expected at least 1")
-    frames, pixels = parsed(size)
+    frames, pixels = frames_and_pixels(size, "--size")
     precision = precision or ("float32" if device == "cpu" else "tf32")
     row = Row(preset, precision, "gradient", frames, pixels)
     out.mkdir(parents=True, exist_ok=True)

@@ -182,11 +182,12 @@ def _kernel_gradient_of_turn(x, dy, window, kernel, ahead):
 
     def add_block(sums, index):
         frame, top = index // blocks * size, index % blocks * block
-        seen = lax.dynamic_slice_in_dim(lax.dynamic_slice_in_dim(x, frame, size, 1), top * stride, rows[-1].stop, 2)
+        seen = lax.dynamic_slice(x, (0, frame, top * stride, 0, 0), (len(x), size, rows[-1].stop, *x.shape[3:]))
         seen = jnp.moveaxis(seen, 1, 0)
         seen = jnp.concatenate([seen[:, :, :, column] for column in columns], axis=-1)
-        pulls = [lax.dynamic_slice_in_dim(dy, frame + n - first, size, 0) for n in ahead]
-        pulls = [jnp.moveaxis(lax.dynamic_slice_in_dim(pull, top, block, 3), 1, 0) for pull in pulls]
+        of_block = (size, *dy.shape[1:3], block, width)
+        pulls = [lax.dynamic_slice(dy, (frame + n - first, 0, 0, top, 0), of_block) for n in ahead]
+        pulls = [jnp.moveaxis(pull, 1, 0) for pull in pulls]
         pulls = jnp.stack(pulls).reshape(len(ahead) * out, -1)
         of_rows = [seen[:, :, row].reshape(pulls.shape[1], -1) for row in rows]
         return [
