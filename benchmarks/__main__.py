@@ -33,8 +33,8 @@ from benchmarks.peak import free_bytes
 from benchmarks.speed import OURS, Device, Measured, Precision, Row, Task, Way
 from benchmarks.speed_report import Found
 from benchmarks.subjects import Preset, machine
-from flax_vae.cli.screen import note
 from flax_vae.io.files import replacing
+from flax_vae.jobs.screen import note
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "numpy")
 BUSY = 0.5  # load average; most of all torch suffers, whose threads wait for each other

@@ -60,7 +60,7 @@ def convolutions_of(preset: Preset, frames: int, size: int) -> list[Convolution]
     """Lists the convolutions of encoding a clip and of decoding its latents, in their order; nothing is computed."""
     import jax
 
-    from flax_vae.layers.window import lowered
+    from flax_vae.ops.window import lowered
 
     found = []
     for task in ("encode", "decode"):
@@ -103,8 +103,8 @@ def flax_part(convolution: Convolution, part: Part, values: list[np.ndarray], dt
     import jax
     import jax.numpy as jnp
 
-    from flax_vae.layers.lowering import convolve, input_gradient, kernel_gradient
-    from flax_vae.layers.window import Window
+    from flax_vae.ops.lowering import convolve, input_gradient, kernel_gradient
+    from flax_vae.ops.window import Window
 
     window, size = Window(convolution.stride, convolution.padding), convolution.clip[1:4]
     x, kernel, dy = (jnp.asarray(each, dtype) for each in values)

@@ -16,8 +16,8 @@ from flax import nnx
 
 from benchmarks.subjects import Preset, config, machine
 from flax_vae import CausalVideoVAE
-from flax_vae.runtime.flags import order_for_memory
-from flax_vae.runtime.plan import tree_bytes
+from flax_vae.runtime.compiler_options import order_for_memory
+from flax_vae.runtime.memory import tree_bytes
 
 NOTES = """
 - scratch: the temporaries of the program, from XLA's memory_analysis(), beside weights and gradients ({weights} MiB).

@@ -24,8 +24,8 @@ from benchmarks.options import frames_and_pixels, usual
 from benchmarks.speed import OURS, Device, Precision, Row, Worker
 from benchmarks.speed_report import line
 from benchmarks.subjects import Preset, machine
-from flax_vae.cli.screen import note
 from flax_vae.io.files import replacing
+from flax_vae.jobs.screen import note
 
 LAYOUTS = ("eager", "channels_last_3d")
 DRAWN = 16  # convolutions in the picture

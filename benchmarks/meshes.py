@@ -54,13 +54,13 @@ def results(clip: Any, text: str | None) -> tuple[list[Any], list[Any], list[Any
     import jax
     from flax import nnx
 
+    from flax_vae.metrics.lpips import LPIPS
     from flax_vae.models.config import narrow
     from flax_vae.models.vae import CausalVideoVAE
     from flax_vae.runtime import parallel
     from flax_vae.runtime.mesh import make_mesh, parse_mesh
     from flax_vae.train.config import PRESETS, GanConfig, LossConfig, OptimizerConfig
     from flax_vae.train.discriminator import PatchDiscriminator
-    from flax_vae.train.lpips import LPIPS
     from flax_vae.train.step import Trainer
 
     sizes = parse_mesh(text or "data=1")

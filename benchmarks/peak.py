@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.subjects import Job, Preset, chunk_shape, flax_model, random_values, to_torch, torch_model
-from flax_vae.runtime.flags import order_for_memory
+from flax_vae.runtime.compiler_options import order_for_memory
 
 LATER_CHUNKS = 3  # a stream takes no more with more of them
 
@@ -25,7 +25,7 @@ def status(file: str, field: str) -> int:
 
 def free_bytes() -> int:
     """Gives nine tenths of the memory that can be had without swapping."""
-    from flax_vae.runtime.plan import cgroup_limits
+    from flax_vae.runtime.memory import cgroup_limits
 
     return min([status("/proc/meminfo", "MemAvailable"), *cgroup_limits()]) * 9 // 10
 
@@ -50,7 +50,7 @@ def stream_row(job: Job, preset: Preset, latents: int, height: int, width: int) 
     import jax.numpy as jnp
     from flax import nnx
 
-    from flax_vae.runtime import plan
+    from flax_vae.runtime import memory as plan
     from flax_vae.runtime.stream import Stream, compiled
 
     vae = flax_model(preset)
@@ -74,7 +74,7 @@ def whole_row(job: Job, preset: Preset, latents: int, height: int, width: int) -
     import jax
     from flax import nnx
 
-    from flax_vae.runtime import plan
+    from flax_vae.runtime import memory as plan
 
     vae = flax_model(preset)
     loaded = loaded_bytes()

@@ -16,8 +16,8 @@ from benchmarks.convolutions import equations
 from benchmarks.speed import Row, Task
 from benchmarks.subjects import Preset
 from flax_vae.cli.plan_screen import amount, duration, scaled
-from flax_vae.runtime.ahead import TPU
-from flax_vae.runtime.chips import parse_topology
+from flax_vae.planning.chips import parse_topology
+from flax_vae.planning.compile_ahead import TPU
 
 CHIP = "v5e:1x1"
 
@@ -41,10 +41,10 @@ def lines(row: Row) -> Iterator[str]:
     import jax
 
     from benchmarks.worker import flops_of
-    from flax_vae.cli.planned import devices_of
     from flax_vae.layers.strips import shared_by_tpus
-    from flax_vae.layers.window import lowered
-    from flax_vae.runtime.hlo import program
+    from flax_vae.ops.window import lowered
+    from flax_vae.planning.hlo import program
+    from flax_vae.planning.worker import devices_of
 
     topology = parse_topology(CHIP)
     function, arguments = lowerable(row, devices_of(topology)[0])

@@ -77,7 +77,7 @@ def machine() -> str:
     import jax
     import torch
 
-    from flax_vae.runtime.plan import format_bytes, physical_bytes
+    from flax_vae.runtime.memory import format_bytes, physical_bytes
 
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []

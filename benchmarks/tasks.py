@@ -191,8 +191,8 @@ def flax_ready(row: Row, device: Device, is_plain: bool, free: int | None) -> Re
     import jax
     import jax.numpy as jnp
 
-    from flax_vae.layers.window import lowered
-    from flax_vae.runtime.plan import compiled_bytes
+    from flax_vae.ops.window import lowered
+    from flax_vae.runtime.memory import compiled_bytes
 
     dtype = set_up_jax(device, row.precision)
     function, weights = flax_task(row.task, flax_model(row.preset))
@@ -228,7 +228,7 @@ def flax_ready(row: Row, device: Device, is_plain: bool, free: int | None) -> Re
 
 def check_memory(compiled: Any, free: int) -> None:
     """Raises MemoryError where a process that runs a program would take more than is free."""
-    from flax_vae.runtime.plan import compiled_bytes, format_bytes, process_bytes
+    from flax_vae.runtime.memory import compiled_bytes, format_bytes, process_bytes
 
     needed = process_bytes(compiled_bytes(compiled))
     if needed > free:

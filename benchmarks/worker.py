@@ -25,7 +25,7 @@ from benchmarks.peak import loaded_bytes, peak_above, status
 from benchmarks.speed import OURS, PLAIN, Device, Measured, Precision, Row
 from benchmarks.subjects import random_values
 from benchmarks.tasks import Ready, abstract_task, flax_ready, set_up_jax, set_up_torch, torch_ready
-from flax_vae.runtime.flags import order_for_memory
+from flax_vae.runtime.compiler_options import order_for_memory
 
 SQUARE = {"cpu": 2048, "gpu": 8192}  # rows of the matrices that the rate is measured with
 PRODUCTS = 20
@@ -178,7 +178,7 @@ def flops_of(row: Row) -> float:
     """
     import jax
 
-    from flax_vae.layers.window import lowered
+    from flax_vae.ops.window import lowered
 
     function, state, inputs = abstract_task(row)
     with lowered("plain"):

@@ -16,13 +16,14 @@ from flax import nnx
 
 import flax_vae
 import torch_ref
-from flax_vae.layers.window import Lowering, lowered
+from flax_vae.metrics import lpips
 from flax_vae.models.config import narrow
+from flax_vae.ops.window import Lowering, lowered
 from flax_vae.runtime.tile import LossyTiles, LossyTiling, in_lossy_tiles
-from flax_vae.train import discriminator, losses, lpips
+from flax_vae.train import discriminator, losses
+from torch_ref.metrics import lpips as torch_lpips
 from torch_ref.train import discriminator as torch_discriminator
 from torch_ref.train import losses as torch_losses
-from torch_ref.train import lpips as torch_lpips
 
 LAYER_TOLERANCE, MODEL_TOLERANCE = 1e-12, 1e-10
 Outputs = dict[str, Any]

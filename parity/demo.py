@@ -13,14 +13,14 @@ import torch
 import torch_ref
 from flax_vae.cli import CheckFailed
 from flax_vae.cli import port as port_command
-from flax_vae.cli.model import load
 from flax_vae.cli.options import PLAINLY
 from flax_vae.cli.reconstruct import reconstruct
-from flax_vae.cli.screen import note, table
 from flax_vae.io.checkpoint import DEFAULT
 from flax_vae.io.picture import psnr
 from flax_vae.io.pixels import to_float
-from flax_vae.io.video import read_clip
+from flax_vae.io.video_reader import read_clip
+from flax_vae.jobs.model import load
+from flax_vae.jobs.screen import note, table
 from flax_vae.runtime.stream import compiled
 from parity.compare import Results, check_no_worse, measure, ratio
 

@@ -20,7 +20,7 @@ from flax import nnx
 import flax_vae
 import torch_ref
 from flax_vae.io.pixels import fit_size, to_float
-from flax_vae.io.video import probe, read_clip
+from flax_vae.io.video_reader import probe, read_clip
 from parity.compare import DTYPES
 from parity.mistakes import MISTAKES, made
 

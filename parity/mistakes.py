@@ -20,10 +20,10 @@ from torch_ref.layers.conv import CausalConv3d
 from torch_ref.layers.norm import CausalGroupNorm
 from torch_ref.layers.resample import SpatialUpsample, TemporalUpsample
 from torch_ref.layers.resnet import CausalResnetBlock
+from torch_ref.metrics.lpips import Weighting
 from torch_ref.models.posterior import DiagonalGaussian
-from torch_ref.models.tiling import LossyTiling, Tiles, blended, joined
+from torch_ref.runtime.tile import LossyTiling, Tiles, blended, joined
 from torch_ref.train import losses, optimizer, step
-from torch_ref.train.lpips import Weighting
 from torch_ref.train.optimizer import Optimizer
 from torch_ref.train.recipe import Recipe
 from torch_ref.train.step import Trainer

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("torch", reason="parity compares with torch")
 
-from flax_vae.layers import chunks
+from flax_vae.layers import scan as chunks
 from flax_vae.runtime import stream
 from parity import compare
 from parity.cases import CASES, MODEL_TOLERANCE, SHALLOW

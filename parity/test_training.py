@@ -14,15 +14,15 @@ import optax
 import torch
 
 from flax_vae.io import port
+from flax_vae.metrics.lpips import LPIPS, package_file
 from flax_vae.train import optimizer
 from flax_vae.train.config import GanConfig
 from flax_vae.train.discriminator import PatchDiscriminator
-from flax_vae.train.lpips import LPIPS, package_file
 from parity import training
 from parity.cases import TorchLPIPS
 from parity.mistakes import IN_TRAINING, Mistake, made
+from torch_ref.metrics import lpips as torch_lpips
 from torch_ref.train import discriminator as torch_discriminator
-from torch_ref.train import lpips as torch_lpips
 from torch_ref.train.optimizer import learning_rate
 
 LATER = GanConfig("frames", start=7)

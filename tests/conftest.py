@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from alone import alone  # noqa: F401
 from flax import nnx
 
-from flax_vae.runtime.flags import order_for_memory
+from flax_vae.runtime.compiler_options import order_for_memory
+from tests.alone import alone  # noqa: F401
 
 order_for_memory()  # as the commands do
 if find_spec("beartype"):
@@ -36,7 +36,7 @@ if find_spec("hypothesis"):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("filterwarnings", "error:::(flax_vae|test_)")
+    config.addinivalue_line("filterwarnings", "error:::(flax_vae|tests|test_)")
     config.addinivalue_line("filterwarnings", "ignore:.*deprecated by PEP 585")  # beartype, about flax's nnx.List
 
 
@@ -206,7 +206,7 @@ def pixels():
 def clip(pixels, tmp_path_factory):
     """These frames as a file, without loss."""
     pytest.importorskip("av", reason="video files need PyAV")
-    from flax_vae.io.writer import VideoWriter
+    from flax_vae.io.video_writer import VideoWriter
 
     path = tmp_path_factory.mktemp("clips") / "clip.mkv"
     with VideoWriter(path, Fraction(30000, 1001), 18, 25, lossless=True) as writer:
@@ -257,10 +257,10 @@ def run(capsys, monkeypatch, quick_call):
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Has a piece of every latent but the first, so that short clips have several, and chunks of one latent."""
-    importlib.import_module("flax_vae.cli.extraction")  # before, as it keeps the number that it finds
-    monkeypatch.setattr("flax_vae.cli.run.PIECE", 1)
-    monkeypatch.setattr("flax_vae.cli.budget.MOST", 1)
-    monkeypatch.setattr("flax_vae.io.job.SHARE", 0)
+    importlib.import_module("flax_vae.jobs.extraction")  # before, as it keeps the number that it finds
+    monkeypatch.setattr("flax_vae.jobs.pieces.PIECE", 1)
+    monkeypatch.setattr("flax_vae.jobs.budget.MOST", 1)
+    monkeypatch.setattr("flax_vae.jobs.job.SHARE", 0)
 
 
 @pytest.fixture(scope="session")

@@ -116,7 +116,7 @@ PLANTED = [
     ("flax_vae/models/vae.py", "import torch", "functions of"),
     (READS_TORCH, "import torch", "functions of"),
     (READS_TORCH, "if True:\n    from torch import Tensor", "functions of"),
-    ("flax_vae/io/video.py", "def read():\n    import torch.utils", "functions of"),
+    ("flax_vae/io/video_reader.py", "def read():\n    import torch.utils", "functions of"),
     (READS_TORCH, "def read():\n    import torch_ref", "functions of"),
     ("flax_vae/io/port.py", "torch = __import__('importlib').import_module('torch')", "functions of"),
     ("flax_vae/cli.py", "from parity import demo", "in a function"),

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from flax_vae.io.video import probe, read_clip
-from flax_vae.io.writer import VideoWriter
+from flax_vae.io.video_reader import probe, read_clip
+from flax_vae.io.video_writer import VideoWriter
 
 CLIPS = ("bigbuckbunny.mp4", "carphone_pristine.mp4", "world.mp4", "cityCC0.mpg", "a.mp4", "b.mp4")
 HELD_OUT = "bikes.mp4"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NoReturn, Union
 
 from flax_vae.runtime.cluster import is_joined, leave
-from flax_vae.runtime.flags import order_for_memory
+from flax_vae.runtime.compiler_options import order_for_memory
 
 COMMANDS = ("info", "port", "encode", "decode", "reconstruct", "eval", "extract", "train", "export", "plan", "demo")
 EXTRAS = {

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 from tyro.conf import Positional, arg
 
-from flax_vae.cli.budget import chunk_latents, read_budget
-from flax_vae.cli.clip import filled
-from flax_vae.cli.frames import IMAGE, VIDEO, FramePieces, assemble
-from flax_vae.cli.model import Model, check_stream, config_hash, load, read_config
 from flax_vae.cli.options import PLAINLY, Clip, How, LossyTiles, Memory, Resume, Weights
-from flax_vae.cli.run import Chunk, marked, run
-from flax_vae.cli.screen import Meter, note, progress
-from flax_vae.cli.sources import check_apart, check_frames_target, named
+from flax_vae.jobs.budget import chunk_latents, read_budget
+from flax_vae.jobs.clip import filled
+from flax_vae.jobs.frames import IMAGE, VIDEO, FramePieces, assemble
+from flax_vae.jobs.model import Model, check_stream, config_hash, load, read_config
+from flax_vae.jobs.pieces import Chunk, marked, run
+from flax_vae.jobs.screen import Meter, note, progress
+from flax_vae.jobs.sources import check_apart, check_frames_target, named
 
 if TYPE_CHECKING:
-    from flax_vae.io.job import Progress
     from flax_vae.io.latents import Latents
+    from flax_vae.jobs.job import Progress
     from flax_vae.models.config import VAEConfig
 
 In = Annotated[
@@ -47,7 +47,7 @@ def decode(
     Example:
       flax-vae decode clip_latents clip_again.mp4 --weights my_vae
     """
-    from flax_vae.io.job import check_begun
+    from flax_vae.jobs.job import check_begun
 
     config, budget = read_config(weights), read_budget(memory)
     work = sources(latents, out, config, weights, resume)
@@ -71,7 +71,7 @@ def decode(
 
 def decode_clip(source: Latents, target: Path, model: Model, budget: int | None, resume: bool, meter: Meter) -> None:
     """Decodes one clip, or goes on with it."""
-    from flax_vae.io.job import Job
+    from flax_vae.jobs.job import Job
     from flax_vae.runtime.stream import compiled
 
     about, (_, *size) = source.about, source.shape

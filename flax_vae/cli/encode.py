@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 from tyro.conf import Positional, arg
 
-from flax_vae.cli.budget import chunk_latents, read_budget
-from flax_vae.cli.clip import Clip, expected, open_clip
-from flax_vae.cli.model import Model, check_stream, load, read_config
 from flax_vae.cli.options import PLAINLY, Frames, How, LossyTiles, Memory, Resume, Size, Video, Weights
-from flax_vae.cli.run import Chunk, run
-from flax_vae.cli.screen import Meter, note, progress, table
-from flax_vae.cli.sources import pairs
+from flax_vae.jobs.budget import chunk_latents, read_budget
+from flax_vae.jobs.clip import Clip, expected, open_clip
+from flax_vae.jobs.model import Model, check_stream, load, read_config
+from flax_vae.jobs.pieces import Chunk, run
+from flax_vae.jobs.screen import Meter, note, progress, table
+from flax_vae.jobs.sources import pairs
 
 if TYPE_CHECKING:
-    from flax_vae.io.job import Job
     from flax_vae.io.latents import About
+    from flax_vae.jobs.job import Job
 
 Out = Annotated[Path, Positional, arg(metavar="OUT", help="folder to write; replaced if it holds latents")]
 Scaling = Annotated[
@@ -55,7 +55,7 @@ def encode(
     Example:
       flax-vae encode clip.mp4 clip_latents --weights my_vae --size 256
     """
-    from flax_vae.io.job import check_begun
+    from flax_vae.jobs.job import check_begun
 
     config, budget, statistics = read_config(weights), read_budget(memory), read_scaling(scaling)
     work = [(open_clip(path, config, size, frames), target) for path, target in pairs(video, out, "", resume)]
@@ -85,8 +85,8 @@ def encode_clip(
     meter: Meter,
 ) -> int:
     """Encodes one clip to a folder of latents, or goes on with it; gives the number of its frames."""
-    from flax_vae.io.job import Job
     from flax_vae.io.latents import About
+    from flax_vae.jobs.job import Job
     from flax_vae.runtime.stream import compiled
 
     about = About(clip.height, clip.width, clip.fps, model.config_hash, model.weights, scaling)
@@ -131,7 +131,7 @@ class LatentPieces:
 def read_scaling(scaling: str | None) -> dict[str, Any] | None:
     """Gives the statistics of a released variant, or those in a file; ValueError where it holds none."""
     from flax_vae.io.checkpoint import read_json
-    from flax_vae.models.scaling import LatentScaling
+    from flax_vae.models.latents import LatentScaling
 
     if scaling is None:
         return None

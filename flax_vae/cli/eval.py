@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from flax_vae.cli.budget import read_budget
-from flax_vae.cli.clip import Clip, expected, open_clip, parse_size
-from flax_vae.cli.model import check_stream, load, read_config
 from flax_vae.cli.options import NO_CLUSTER, PLAINLY, Checkpoint, Frames, How, Memory, Processes, Size
-from flax_vae.cli.screen import Meter, note, progress
-from flax_vae.io.video import UNREADABLE
+from flax_vae.io.video_reader import UNREADABLE
+from flax_vae.jobs.budget import read_budget
+from flax_vae.jobs.clip import Clip, expected, open_clip, parse_size
+from flax_vae.jobs.model import check_stream, load, read_config
+from flax_vae.jobs.screen import Meter, note, progress
 from flax_vae.runtime.cluster import check_same, gathered, joined
 
 if TYPE_CHECKING:
@@ -81,11 +81,11 @@ def eval(
     """
     import matplotlib  # noqa: F401  # needed last of all, so a missing one would be noticed too late
 
-    from flax_vae.cli.evaluation_report import JSON, PICTURE, show, write
-    from flax_vae.cli.instruments import prepare
-    from flax_vae.cli.measurement import evaluate
-    from flax_vae.train.i3d import package_file as i3d_file
-    from flax_vae.train.lpips import package_file as lpips_file
+    from flax_vae.cli.eval_report import JSON, PICTURE, show, write
+    from flax_vae.jobs.evaluate import evaluate
+    from flax_vae.jobs.instruments import prepare
+    from flax_vae.metrics.fvd import package_file as i3d_file
+    from flax_vae.metrics.lpips import package_file as lpips_file
 
     config, budget = read_config(weights), read_budget(memory)
     check_options(config, size, frames)
@@ -154,9 +154,9 @@ def open_clips(
     data: Path, config: VAEConfig, size: str | None, frames: int | None, has_lpips: bool
 ) -> tuple[list[Clip], list[tuple[Path, str]]]:
     """Opens all clips and says why others cannot be used; ValueError where there is none to use."""
-    from flax_vae.cli.evaluation import listed
-    from flax_vae.train.lpips import SMALLEST
-    from flax_vae.train.quality import WINDOW
+    from flax_vae.jobs.evaluation import listed
+    from flax_vae.metrics.lpips import SMALLEST
+    from flax_vae.metrics.ssim import WINDOW
 
     least = max(WINDOW, SMALLEST if has_lpips else 0)
     clips: list[Clip] = []

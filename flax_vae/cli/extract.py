@@ -11,10 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from flax_vae.cli.budget import read_budget
-from flax_vae.cli.clip import Clip, open_clip
-from flax_vae.cli.extraction import LATENTS, Extraction
-from flax_vae.cli.model import check_stream, load, read_config
 from flax_vae.cli.options import (
     NO_CLUSTER,
     PLAINLY,
@@ -27,7 +23,11 @@ from flax_vae.cli.options import (
     Size,
     Weights,
 )
-from flax_vae.cli.screen import note, table
+from flax_vae.jobs.budget import read_budget
+from flax_vae.jobs.clip import Clip, open_clip
+from flax_vae.jobs.extraction import LATENTS, Extraction
+from flax_vae.jobs.model import check_stream, load, read_config
+from flax_vae.jobs.screen import note, table
 from flax_vae.runtime.cluster import joined
 
 if TYPE_CHECKING:

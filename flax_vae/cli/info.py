@@ -9,10 +9,10 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from flax_vae.cli.clip import filled, parse_size
-from flax_vae.cli.model import config_of
 from flax_vae.cli.options import Checkpoint, Config
-from flax_vae.cli.screen import counted, table
+from flax_vae.jobs.clip import filled, parse_size
+from flax_vae.jobs.model import config_of
+from flax_vae.jobs.screen import counted, table
 
 KEYS = (
     *("in_channels", "out_channels", "block_out_channels", "layers_per_block", "norm_num_groups"),

@@ -7,7 +7,7 @@ from typing import Annotated
 from tyro.conf import FlagCreatePairsOff, arg
 
 from flax_vae.cli.plan_request import Wanted, request_of, with_mesh
-from flax_vae.cli.screen import note
+from flax_vae.jobs.screen import note
 
 AsJson = Annotated[bool, FlagCreatePairsOff, arg(help="print one JSON object, or a list", help_behavior_hint="")]
 Search = Annotated[
@@ -28,8 +28,8 @@ def plan(wanted: Annotated[Wanted, arg(name="")], json: AsJson = False, search: 
       flax-vae plan --topology v5e:4x4 --batch 32 --mesh data=8,height=2
     """
     from flax_vae.cli.plan_screen import print_json, report_json, show
-    from flax_vae.cli.plan_search import searched
-    from flax_vae.runtime.ahead import compile_one
+    from flax_vae.planning.compile_ahead import compile_one
+    from flax_vae.planning.search import searched
 
     request = request_of(wanted)
     if most < 1:

@@ -11,7 +11,7 @@ from tyro.conf import Positional, arg
 from flax_vae.train.config import Model, Precision
 
 if TYPE_CHECKING:
-    from flax_vae.runtime.ahead import Request
+    from flax_vae.planning.compile_ahead import Request
 
 OF_PRESET = "(default: the preset's)"
 
@@ -63,9 +63,9 @@ class Wanted:
 
 def request_of(wanted: Wanted) -> Request:
     """Fills in from the preset what is not given; ValueError for what no program can have."""
-    from flax_vae.cli.clip import parse_size
-    from flax_vae.runtime.ahead import Request
-    from flax_vae.runtime.chips import parse_topology
+    from flax_vae.jobs.clip import parse_size
+    from flax_vae.planning.chips import parse_topology
+    from flax_vae.planning.compile_ahead import Request
     from flax_vae.train.config import PRESETS, check
 
     base, is_training = PRESETS[wanted.preset], wanted.job == "train"
@@ -96,7 +96,7 @@ def request_of(wanted: Wanted) -> Request:
 def with_mesh(request: Request, text: str | None) -> Request:
     """Completes a request with its mesh, by default all devices for the clips; ValueError where that cannot be."""
     from flax_vae.models.config import VAEConfig
-    from flax_vae.runtime.chips import parse_topology
+    from flax_vae.planning.chips import parse_topology
     from flax_vae.runtime.mesh import check_sizes, parse_mesh
 
     count = parse_topology(request.topology).devices

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from flax_vae.cli.screen import table
+from flax_vae.jobs.screen import table
 
 if TYPE_CHECKING:
-    from flax_vae.runtime.ahead import Report, Request
+    from flax_vae.planning.compile_ahead import Report, Request
 
 
 def report_json(report: Report) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def verdict(report: Report) -> str:
 
 
 def amount(size: int | None) -> str:
-    from flax_vae.runtime.plan import format_bytes
+    from flax_vae.runtime.memory import format_bytes
 
     return "not known" if size is None else format_bytes(size)
 

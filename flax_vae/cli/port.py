@@ -15,9 +15,9 @@ import numpy as np
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from flax_vae.cli import CheckFailed
-from flax_vae.cli.model import config_of
 from flax_vae.cli.options import Checkpoint, Config
-from flax_vae.cli.screen import note, table
+from flax_vae.jobs.model import config_of
+from flax_vae.jobs.screen import note, table
 
 if TYPE_CHECKING:
     from flax_vae.io.checkpoint import Checkpoint as Source

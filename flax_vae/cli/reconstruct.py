@@ -12,11 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from flax_vae.cli.budget import chunk_latents, read_budget
-from flax_vae.cli.clip import Clip as Source
-from flax_vae.cli.clip import expected, open_clip
-from flax_vae.cli.frames import IMAGE, FramePieces, assemble, losses
-from flax_vae.cli.model import Model, check_stream, load, read_config
 from flax_vae.cli.options import (
     PLAINLY,
     Clip,
@@ -30,10 +25,15 @@ from flax_vae.cli.options import (
     Video,
     Weights,
 )
-from flax_vae.cli.run import run
-from flax_vae.cli.screen import Meter, counted, note, progress, table
-from flax_vae.cli.sources import check_frames_target, check_target, pairs
 from flax_vae.io.files import IMAGES
+from flax_vae.jobs.budget import chunk_latents, read_budget
+from flax_vae.jobs.clip import Clip as Source
+from flax_vae.jobs.clip import expected, open_clip
+from flax_vae.jobs.frames import IMAGE, FramePieces, assemble, losses
+from flax_vae.jobs.model import Model, check_stream, load, read_config
+from flax_vae.jobs.pieces import run
+from flax_vae.jobs.screen import Meter, counted, note, progress, table
+from flax_vae.jobs.sources import check_frames_target, check_target, pairs
 
 
 def reconstruct(
@@ -60,7 +60,7 @@ def reconstruct(
     """
     import matplotlib  # noqa: F401  # needed last of all, so a missing one would be noticed too late
 
-    from flax_vae.io.job import check_begun
+    from flax_vae.jobs.job import check_begun
 
     if measure_tiles and not lossy_tiles:
         raise ValueError("--measure-tiles measures --lossy-tiles: give both")
@@ -90,8 +90,8 @@ def reconstruct_clip(
     clip: Source, target: Path, model: Model, budget: int | None, resume: bool, meter: Meter
 ) -> list[float]:
     """Reconstructs one clip, or goes on with it, and gives the PSNR of its frames in dB."""
-    from flax_vae.io.job import Job
     from flax_vae.io.picture import contact_sheet, pooled_psnr
+    from flax_vae.jobs.job import Job
     from flax_vae.runtime.stream import compiled
 
     step = compiled(MethodType(reconstruct_chunk, model.vae), model.mesh)

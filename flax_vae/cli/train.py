@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import FlagCreatePairsOff, arg
 
 from flax_vae.cli.options import NO_CLUSTER, Mesh, Processes
-from flax_vae.cli.screen import note
+from flax_vae.jobs.screen import note
 from flax_vae.runtime.cluster import Cluster, anywhere, joined, noticing
 from flax_vae.train.config import PRESETS, TrainConfig
 
@@ -89,7 +89,7 @@ def run(config: TrainConfig, data: Path, out: Path, mesh: str | None, fsdp: bool
     import matplotlib  # noqa: F401  # needed at the first picture, so a missing one would be noticed too late
     from jax import devices
 
-    from flax_vae.cli.model import keep_compiled, open_mesh
+    from flax_vae.jobs.model import keep_compiled, open_mesh
     from flax_vae.train.loop import Run
     from flax_vae.train.report import write_report
 

@@ -9,7 +9,7 @@ from jaxtyping import Array
 from flax_vae.layers.conv import Clip, add_bias, initial_weights
 from flax_vae.layers.norm import CausalGroupNorm
 from flax_vae.layers.strips import strips
-from flax_vae.layers.window import wide_dtype
+from flax_vae.ops.window import wide_dtype
 
 MOST_SCORES = 2**24  # 64 MiB of float32, and twice that with what they become
 

@@ -8,13 +8,13 @@ from operator import call
 
 from flax import nnx
 
-from flax_vae.layers.again import call_again
 from flax_vae.layers.attention import Attention
-from flax_vae.layers.chunks import in_chunks
 from flax_vae.layers.conv import CausalConv3d, Clip
 from flax_vae.layers.norm import CausalGroupNorm
+from flax_vae.layers.remat import call_again
 from flax_vae.layers.resample import SpatialDownsample, SpatialUpsample, TemporalDownsample, TemporalUpsample
 from flax_vae.layers.resnet import CausalResnetBlock, activated
+from flax_vae.layers.scan import in_chunks
 from flax_vae.layers.strips import Strips, frames_in_strips, strips_for
 
 

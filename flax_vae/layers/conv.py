@@ -14,12 +14,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
-from flax_vae.layers.geometry import Pair, causal_padding, conv_output_size, conv_outputs, triple
-from flax_vae.layers.lowering import convolve
-from flax_vae.layers.neighbour import FromNeighbour, frames_before
-from flax_vae.layers.order import computed_once, not_before
 from flax_vae.layers.strips import strips
-from flax_vae.layers.window import Window, wide_dtype
+from flax_vae.layers.time_halo import FromNeighbour, frames_before
+from flax_vae.ops.geometry import Pair, causal_padding, conv_output_size, conv_outputs, triple
+from flax_vae.ops.lowering import convolve
+from flax_vae.ops.schedule import computed_once, not_before
+from flax_vae.ops.window import Window, wide_dtype
 
 PadMode = Literal["constant", "replicate", "reflect", "circular"]
 Padding = tuple[Pair, Pair, Pair]

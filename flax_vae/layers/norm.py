@@ -7,7 +7,7 @@ from jaxtyping import Array
 
 from flax_vae.layers.conv import Clip, check_clip
 from flax_vae.layers.strips import strips
-from flax_vae.layers.window import wide_dtype
+from flax_vae.ops.window import wide_dtype
 
 
 class CausalGroupNorm(nnx.Module):

@@ -9,10 +9,10 @@ from einops import rearrange
 from flax import nnx
 
 from flax_vae.layers.conv import CausalConv3d, Clip, check_clip, check_start
-from flax_vae.layers.geometry import triple
-from flax_vae.layers.neighbour import frames_before
-from flax_vae.layers.order import computed_once
-from flax_vae.layers.window import wide_dtype
+from flax_vae.layers.time_halo import frames_before
+from flax_vae.ops.geometry import triple
+from flax_vae.ops.schedule import computed_once
+from flax_vae.ops.window import wide_dtype
 
 
 class AvgPool3d(nnx.Module):

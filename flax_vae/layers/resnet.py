@@ -2,9 +2,9 @@
 
 from flax import nnx
 
-from flax_vae.layers.again import call_again
 from flax_vae.layers.conv import CausalConv3d, Clip
 from flax_vae.layers.norm import CausalGroupNorm
+from flax_vae.layers.remat import call_again
 
 
 class CausalResnetBlock(nnx.Module):

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from flax_vae.layers.geometry import Pair
+from flax_vae.ops.geometry import Pair
 
 IMAGES = 8  # a TPU computes at a time
 

@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from flax_vae.layers.geometry import latent_frames, pixel_frames
+from flax_vae.ops.geometry import latent_frames, pixel_frames
 
 MAX_BLOCKS, MAX_LAYERS, MAX_CHANNELS = 16, 64, 2**16
 RUN_SETTINGS = {"remat", "frame_by_frame"}  # fields that no config.json has

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from flax_vae.layers.window import wide_dtype
+from flax_vae.ops.window import wide_dtype
 
 Latents = Float[Array, "b t h w z"]
 LOGVAR_RANGE = (-30.0, 20.0)

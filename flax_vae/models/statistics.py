@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_vae.models.scaling import LatentScaling
+from flax_vae.models.latents import LatentScaling
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from flax_vae.io import checkpoint, port
-from flax_vae.layers.chunks import checked_chunk, fit_frames, in_chunks
 from flax_vae.layers.conv import CausalConv3d
-from flax_vae.layers.geometry import FramePolicy, fitted_frames
+from flax_vae.layers.scan import checked_chunk, fit_frames, in_chunks
 from flax_vae.models.config import VAEConfig
 from flax_vae.models.decoder import Decoder
 from flax_vae.models.encoder import Encoder
 from flax_vae.models.posterior import DiagonalGaussian, Latents
+from flax_vae.ops.geometry import FramePolicy, fitted_frames
 
 Video = Float[Array, "b _ _ _ _"]  # B T H W C; only the batch is the same before and after
 

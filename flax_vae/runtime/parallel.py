@@ -21,12 +21,12 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as Spec
 
-from flax_vae.layers.chunks import Step, checked_chunk, in_chunks
-from flax_vae.layers.geometry import latent_frames
-from flax_vae.layers.neighbour import FromNeighbour
+from flax_vae.layers.scan import Step, checked_chunk, in_chunks
 from flax_vae.layers.strips import shared_by_tpus
-from flax_vae.layers.window import lowered
+from flax_vae.layers.time_halo import FromNeighbour
 from flax_vae.models.config import VAEConfig
+from flax_vae.ops.geometry import latent_frames
+from flax_vae.ops.window import lowered
 from flax_vae.runtime.mesh import check_sizes, clip_spec, placed
 
 Parts = tuple[Any, ...]

@@ -17,8 +17,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from numpy.typing import ArrayLike
 
-from flax_vae.layers.chunks import fit_frames
-from flax_vae.layers.geometry import FramePolicy, fitted_frames
+from flax_vae.layers.scan import fit_frames
+from flax_vae.ops.geometry import FramePolicy, fitted_frames
 from flax_vae.runtime.parallel import everywhere, put_step, step_on_mesh
 
 Step = Callable[[Any, Any], tuple[Any, Any]]

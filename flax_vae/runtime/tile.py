@@ -20,10 +20,10 @@ from flax import nnx
 from jaxtyping import Array
 
 from flax_vae.io.picture import psnr
-from flax_vae.layers.chunks import checked_chunk, in_chunks
 from flax_vae.layers.conv import Clip
-from flax_vae.layers.geometry import FramePolicy
-from flax_vae.layers.window import wide_dtype
+from flax_vae.layers.scan import checked_chunk, in_chunks
+from flax_vae.ops.geometry import FramePolicy
+from flax_vae.ops.window import wide_dtype
 from flax_vae.runtime.stream import compiled
 
 Step = Callable[[Any, Any], tuple[Any, Any]]  # (clip or chunk, carry) -> (result, carry)

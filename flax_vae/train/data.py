@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from flax_vae.io.manifest import Entry, whole_lines
-from flax_vae.io.video import UNREADABLE, draw_frames
+from flax_vae.io.video_reader import UNREADABLE, draw_frames
 from flax_vae.train.config import ClipConfig
 
 TRIES = 64  # broken clips in a row after which it is the data set that is broken

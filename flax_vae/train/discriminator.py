@@ -22,7 +22,7 @@ from flax_vae.io.weights import Arrays, Spec
 from flax_vae.layers.blocks import thread
 from flax_vae.layers.conv import CausalConv3d, Clip, FrameConv
 from flax_vae.layers.norm import CausalGroupNorm
-from flax_vae.layers.window import wide_dtype
+from flax_vae.ops.window import wide_dtype
 
 WIDTHS = (64, 128, 256, 512)
 IN_TRAINING = re.compile(r"((?:module\.)*)loss\.discriminator\.")

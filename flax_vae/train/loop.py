@@ -27,18 +27,18 @@ from flax_vae.io.files import PathLike, locked, replacing
 from flax_vae.io.manifest import as_json, read_entries
 from flax_vae.io.pixels import to_float
 from flax_vae.layers.conv import INITIAL_SPREAD
+from flax_vae.metrics.lpips import LPIPS
 from flax_vae.models.config import VAEConfig
 from flax_vae.models.vae import CausalVideoVAE
 from flax_vae.runtime.cluster import check_same, gathered, process, share_of
 from flax_vae.runtime.parallel import everywhere
+from flax_vae.train.averaged import MODEL
 from flax_vae.train.checkpoints import CHECKPOINTS, UNKNOWN, Checkpoints
 from flax_vae.train.config import TrainConfig, check
 from flax_vae.train.data import batches, readers, rows_of
 from flax_vae.train.discriminator import PatchDiscriminator
 from flax_vae.train.log import MetricsLog
-from flax_vae.train.lpips import LPIPS
 from flax_vae.train.report import keep_picture
-from flax_vae.train.result import MODEL
 from flax_vae.train.step import Trainer
 
 SKIPPED = 5  # steps in a row that are not finite, after which the run goes back to its last checkpoint

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from flax_vae.layers.conv import Clip
-from flax_vae.layers.window import wide_dtype
+from flax_vae.ops.window import wide_dtype
 
 Scalar = Float[Array, ""]
 

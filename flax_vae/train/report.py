@@ -19,8 +19,8 @@ from flax_vae.io.files import replacing
 from flax_vae.io.manifest import whole_lines
 from flax_vae.io.picture import contact_sheet, psnr
 from flax_vae.io.pixels import to_uint8
-from flax_vae.io.video import read_clip
-from flax_vae.io.writer import write_image
+from flax_vae.io.video_reader import read_clip
+from flax_vae.io.video_writer import write_image
 from flax_vae.train.log import METRICS
 from flax_vae.train.report_picture import draw
 

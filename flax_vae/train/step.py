@@ -16,10 +16,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, UInt8
 
-from flax_vae.layers.geometry import latent_frames
+from flax_vae.metrics.lpips import LPIPS
 from flax_vae.models.config import VAEConfig
 from flax_vae.models.posterior import DiagonalGaussian
 from flax_vae.models.vae import CausalVideoVAE
+from flax_vae.ops.geometry import latent_frames
 from flax_vae.runtime.mesh import check_sizes, placed, weights_spec
 from flax_vae.runtime.parallel import (
     Parts,
@@ -35,7 +36,6 @@ from flax_vae.runtime.parallel import (
 from flax_vae.train import losses
 from flax_vae.train.config import TrainConfig
 from flax_vae.train.discriminator import CausalPatchDiscriminator, PatchDiscriminator
-from flax_vae.train.lpips import LPIPS
 from flax_vae.train.optimizer import moved_average, optimizer, schedule, updates
 
 Frames = UInt8[ArrayLike, "b t h w 3"] | Float[ArrayLike, "b t h w 3"]

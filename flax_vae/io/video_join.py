@@ -1,0 +1,143 @@
+"""Puts the pieces of a video together, with the sound of another file beside them; pictures are not compressed anew."""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from flax_vae.io.files import PathLike, replacing
+from flax_vae.io.video_reader import as_fraction, pictures
+from flax_vae.io.video_writer import written_rate
+
+# Sound that players find in these containers, where other sound becomes AAC; Matroska holds all there is.
+PLAYABLE = {"mov": {"aac", "ac3", "alac", "mp3"}, "mp4": {"aac", "ac3", "alac", "eac3", "flac", "mp3", "opus"}}
+Timed = Iterator[tuple[Fraction, Any]]  # packets, with their times in seconds
+
+
+def join(path: PathLike, pieces: Sequence[Path], fps: Fraction, sound: PathLike | None = None) -> None:
+    """Writes the frames of `pieces`, which one kind of `VideoWriter` has made, as one video.
+
+    The sound tracks of the file `sound` go with it, up to the end of the pictures: as they are, or as AAC where
+    players would not find them in such a file. The file takes its name when it is complete. Raises ValueError where
+    pieces do not continue each other, or where the sound cannot be read.
+    """
+    import av
+
+    fps = written_rate(fps)
+    with contextlib.ExitStack() as stack:
+        part = stack.enter_context(replacing(path))
+        target = stack.enter_context(av.open(f"file:{part}", "w"))
+        packets, frames = _pictures(target, pieces, fps)
+        tracks: Timed = iter(())
+        if sound is not None:
+            with _named(sound):
+                tracks = _sound(target, stack.enter_context(av.open(f"file:{sound}")), sound, frames / fps)
+        for _, packet in heapq.merge(packets, tracks, key=lambda entry: entry[0]):
+            target.mux(packet)
+
+
+@contextlib.contextmanager
+def _named(sound: PathLike) -> Iterator[None]:
+    """Has FFmpeg's errors name the file."""
+    from av.error import FFmpegError
+
+    try:
+        yield
+    except FFmpegError as error:
+        raise ValueError(f"{sound}: its sound cannot be read ({error.strerror})") from error
+
+
+def _pictures(target, pieces: Sequence[Path], fps: Fraction) -> tuple[Timed, int]:
+    import av
+
+    counts, headers = [], []
+    for piece in pieces:
+        with av.open(f"file:{piece}") as source:
+            video = source.streams.video[0]
+            counts.append(video.frames)
+            headers.append(bytes(video.codec_context.extradata or b""))
+            if len(headers) == 1:
+                out = target.add_stream_from_template(video)
+    if len(set(headers)) != 1 or 0 in counts:
+        raise ValueError(f"{', '.join(map(str, pieces))}: these pieces of video do not continue each other")
+
+    def packets() -> Timed:
+        before = 0
+        ahead: Any = None  # how long before it is shown a frame is decoded
+        for piece, count in zip(pieces, counts, strict=True):
+            with av.open(f"file:{piece}") as source:
+                for i, packet in enumerate(source.demux(source.streams.video[0])):
+                    if packet.pts is not None:
+                        tick = as_fraction(packet.time_base)
+                        ahead = packet.dts if ahead is None else ahead
+                        packet.dts = ahead + round(i / fps / tick)  # a piece of one or two frames has no such time
+                        yield _moved(packet, out, before / fps)
+            before += count
+
+    return packets(), sum(counts)
+
+
+def _sound(target, source, sound: PathLike, end: Fraction) -> Timed:
+    if any(track.codec_context is None for track in source.streams.audio):
+        raise ValueError(f"{sound}: this FFmpeg has no decoder for its sound")
+    outs, encoders = {}, {}
+    for track in source.streams.audio:
+        codec = track.codec_context
+        if codec.codec.canonical_name in PLAYABLE.get(target.format.name, {codec.codec.canonical_name}):
+            outs[track.index] = target.add_stream_from_template(track)
+        else:
+            outs[track.index] = encoders[track.index] = target.add_stream("aac", rate=track.rate)
+            # raw sound may come without saying which channel is which
+            outs[track.index].codec_context.layout = "stereo" if codec.layout.nb_channels == 2 else codec.layout
+    start = _start(sound)
+
+    def packets() -> Timed:
+        left = set(outs)  # tracks that are not at the end
+        for packet in source.demux(*source.streams.audio):
+            index = packet.stream.index
+            for ready in _encoded(packet, encoders[index]) if index in encoders else [packet]:
+                if ready.pts is None:
+                    continue
+                if ready.pts * as_fraction(ready.time_base) - start < end:
+                    yield _moved(ready, outs[index], -start)
+                else:
+                    left.discard(index)
+            if not left:
+                return
+
+    def named() -> Timed:
+        with _named(sound):
+            yield from packets()
+
+    return named() if outs else iter(())
+
+
+def _start(path: PathLike) -> Fraction:
+    """Gives the second at which the first frame is shown; a header tells that of a packet that may not decode."""
+    import av
+
+    with av.open(f"file:{path}") as source:
+        for frame in source.decode(*pictures(source)[:1]):
+            if frame.pts is not None:
+                return frame.pts * as_fraction(frame.time_base)
+    return Fraction(0)
+
+
+def _encoded(packet, encoder) -> Iterator[Any]:
+    for frame in packet.decode():
+        yield from encoder.encode(frame)
+    if packet.pts is None:  # the end of the track
+        yield from encoder.encode()
+
+
+def _moved(packet, out, seconds: Fraction) -> tuple[Fraction, Any]:
+    """Gives a packet its place in another file, and the time at which it is decoded there."""
+    tick = as_fraction(packet.time_base)
+    ticks = round(seconds / tick)
+    packet.pts, packet.stream = packet.pts + ticks, out
+    packet.dts = packet.pts if packet.dts is None else packet.dts + ticks
+    return packet.dts * tick, packet

@@ -1,0 +1,103 @@
+"""Writes video files, frame by frame and without sound, and images, through PyAV (FFmpeg).
+
+T frames, H W pixels, always RGB.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flax_vae.io.files import PathLike, check_target, replacing
+from flax_vae.io.video_reader import accurate
+
+SUFFIXES = (".mp4", ".mkv", ".mov")
+# The same frames must always give the same bytes. With its macroblock tree x264 gives others in one run of some dozens,
+# as if it read memory nobody wrote; and it splits its work by the number of its threads, so that is not the machine's.
+STEADY = {"mbtree": "0", "threads": "4"}
+
+
+class VideoWriter:
+    """Writes uint8 RGB frames to an H.264 file that takes its name, or replaces an older one, only when complete.
+
+    `with VideoWriter(path, fps, height, width) as writer: writer.write(frames)`. By default yuv420p, BT.709, CRF 16:
+    plays everywhere, needs even sizes. `lossless` is RGB: exact, any size, larger, played by few. ValueError for a
+    suffix other than .mp4, .mkv, .mov, or where no frame was written; FileNotFoundError for a missing folder.
+    """
+
+    def __init__(self, path: PathLike, fps: Fraction | float, height: int, width: int, lossless: bool = False):
+        self.path, self.shape, self.lossless, self.frames = Path(path), (height, width, 3), lossless, 0
+        check_target(self.path)
+        if self.path.suffix.lower() not in SUFFIXES:
+            raise ValueError(f"{path}: cannot write '{self.path.suffix}' files; use one of {', '.join(SUFFIXES)}")
+        if not 0.001 <= fps <= 1000:
+            raise ValueError(f"fps={fps}: expected frames per second from 0.001 to 1000")
+        if min(height, width) < 2 or (not lossless and (height % 2 or width % 2)):
+            raise ValueError(f"{height}x{width}: yuv420p needs an even height and width; crop, or use lossless=True")
+        self.fps = written_rate(fps)
+
+    def __enter__(self) -> VideoWriter:
+        import av
+
+        with contextlib.ExitStack() as stack:
+            part = stack.enter_context(replacing(self.path))
+            self._container = stack.enter_context(av.open(f"file:{part}", "w"))
+            self._stream: Any = self._container.add_stream("libx264rgb" if self.lossless else "libx264", rate=self.fps)
+            self._stream.height, self._stream.width, _ = self.shape
+            self._stream.pix_fmt = "rgb24" if self.lossless else "yuv420p"
+            self._stream.options = {"qp": "0"} | STEADY if self.lossless else {"crf": "16"} | STEADY
+            if not self.lossless:
+                codec = self._stream.codec_context
+                codec.colorspace = codec.color_primaries = codec.color_trc = codec.color_range = 1  # BT.709, limited
+            stack.push(self._finish)
+            self._stack = stack.pop_all()
+        return self
+
+    def write(self, frames: np.ndarray) -> None:
+        """Appends one uint8 (H, W, 3) frame or several (T, H, W, 3)."""
+        if frames.dtype != np.uint8 or frames.ndim not in (3, 4) or frames.shape[-3:] != self.shape:
+            raise ValueError(f"got {frames.dtype} {frames.shape}, expected uint8 {self.shape}, or several of them")
+        for frame in frames.reshape(-1, *self.shape):
+            self._container.mux(self._stream.encode(self._picture(frame)))
+            self.frames += 1
+
+    def __exit__(self, *exception) -> bool | None:
+        return self._stack.__exit__(*exception)
+
+    def _picture(self, pixels):
+        import av
+        from av.video.reformatter import ColorRange, Colorspace
+
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+        if not self.lossless:
+            matrix = {"dst_colorspace": Colorspace.ITU709, "dst_color_range": ColorRange.MPEG}
+            frame = frame.reformat(format="yuv420p", interpolation=accurate(), **matrix)
+        frame.pts, frame.time_base = self.frames, 1 / self.fps
+        return frame
+
+    def _finish(self, failure, *_):
+        if failure is None:
+            if not self.frames:
+                raise ValueError(f"{self.path}: no frame was written, so no file is left; write() at least one")
+            self._container.mux(self._stream.encode())
+
+
+def written_rate(fps: Fraction | float) -> Fraction:
+    """Gives the frames per second that a file gets: 30000/1001 for 29.97002997."""
+    return Fraction(fps).limit_denominator(1001)
+
+
+def write_image(path: PathLike, frame: np.ndarray) -> None:
+    """Writes a uint8 RGB frame (H, W, 3) to a PNG file, which takes its name when it is complete."""
+    import av
+
+    if not str(path).lower().endswith(".png"):
+        raise ValueError(f"{path}: images are written as .png")
+    if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] != 3:
+        raise ValueError(f"got {frame.dtype} {frame.shape}, expected uint8 (H, W, 3)")
+    with replacing(path) as part:
+        av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24").save(str(part))

