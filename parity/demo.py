@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 import torch_ref
-from flax_vae.cli import CheckFailed
-from flax_vae.cli import port as port_command
-from flax_vae.cli.options import PLAINLY
-from flax_vae.cli.reconstruct import reconstruct
+from flax_vae.jobs import CheckFailed
+from flax_vae.jobs.options import Options
+from flax_vae.jobs.port import port
+from flax_vae.jobs.reconstruct import reconstruct
 from flax_vae.io.checkpoint import DEFAULT
-from flax_vae.io.picture import psnr
+from flax_vae.metrics.psnr import psnr
 from flax_vae.io.pixels import to_float
 from flax_vae.io.video_reader import read_clip
 from flax_vae.jobs.model import load
@@ -51,12 +51,12 @@ def run(out: Path) -> None:
     note(f"1/4  writing a torch checkpoint to {out / 'torch_checkpoint'}")
     torch_ref.CausalVideoVAE.from_pretrained(DEFAULT).save_pretrained(out / "torch_checkpoint")
     note("2/4  porting it")
-    port_command.port(str(out / "torch_checkpoint"), out / "checkpoint", overwrite=True)
+    port(str(out / "torch_checkpoint"), out / "checkpoint", overwrite=True)
     with jax.default_matmul_precision("highest"):  # GPUs and TPUs compute float32 in less by default
         note(f"3/4  comparing torch and Flax on {FRAMES} frames of {HEIGHT}x{WIDTH}")
         agree(out / "torch_checkpoint", out / "checkpoint", to_float(read_clip(clip, (HEIGHT, WIDTH), FRAMES)))
         note(f"4/4  reconstructing {SHOWN} frames")
-        reconstruct(clip, out / "bikes.mp4", str(out / "checkpoint"), SIZE, SHOWN, resume=True)
+        found = reconstruct(clip, out / "bikes.mp4", str(out / "checkpoint"), Options(SIZE, SHOWN, resume=True))
     print(CLOSING.format(out=out))
 
 
@@ -93,7 +93,7 @@ def through_torch(model: torch_ref.CausalVideoVAE, clip: np.ndarray) -> dict[str
 
 def through_flax(checkpoint: str, clip: np.ndarray) -> dict[str, np.ndarray]:
     """Encodes and decodes a clip (T, H, W, 3) in float32; results are in torch's order."""
-    vae = load(checkpoint, PLAINLY).checkpoint
+    vae = load(checkpoint).checkpoint
     posterior, _ = compiled(vae.encode_chunk)(clip[None], None)
     video, _ = compiled(vae.decode_chunk)(posterior.mode(), None)
     return named(*(np.moveaxis(np.asarray(x, np.float64), -1, 1) for x in (posterior.mean, posterior.logvar, video)))

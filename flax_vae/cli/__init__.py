@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NoReturn, Union
 
+from flax_vae.jobs import CheckFailed
 from flax_vae.runtime.cluster import is_joined, leave
 from flax_vae.runtime.compiler_options import order_for_memory
 
@@ -27,10 +28,6 @@ EXTRAS = {
 SUMMARY = """Causal video VAEs in JAX: port a torch checkpoint, encode and decode video, measure what is lost, train.
 
 COMMAND --help explains each and shows an example. A good first one: flax-vae demo"""
-
-
-class CheckFailed(Exception):
-    """Results that should agree do not."""
 
 
 class Terminated(KeyboardInterrupt):

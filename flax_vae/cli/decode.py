@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
-import numpy as np
 from tyro.conf import Positional, arg
 
-from flax_vae.cli.options import PLAINLY, Clip, How, LossyTiles, Memory, Resume, Weights
-from flax_vae.jobs.budget import chunk_latents, read_budget
-from flax_vae.jobs.clip import filled
-from flax_vae.jobs.frames import IMAGE, VIDEO, FramePieces, assemble
-from flax_vae.jobs.model import Model, check_stream, config_hash, load, read_config
-from flax_vae.jobs.pieces import Chunk, marked, run
-from flax_vae.jobs.screen import Meter, note, progress
-from flax_vae.jobs.sources import check_apart, check_frames_target, named
-
-if TYPE_CHECKING:
-    from flax_vae.io.latents import Latents
-    from flax_vae.jobs.job import Progress
-    from flax_vae.models.config import VAEConfig
+from flax_vae.cli.options import COMPUTING, READING, Clip, Computing, LossyTiles, Resume, Weights, options
 
 In = Annotated[
     Path,
@@ -34,8 +20,7 @@ def decode(
     latents: In,
     out: Clip,
     weights: Weights,
-    memory: Memory = None,
-    how: How = PLAINLY,
+    computing: Computing = COMPUTING,
     resume: Resume = False,
     lossy_tiles: LossyTiles = False,
 ) -> None:
@@ -47,92 +32,8 @@ def decode(
     Example:
       flax-vae decode clip_latents clip_again.mp4 --weights my_vae
     """
-    from flax_vae.jobs.job import check_begun
+    from flax_vae.jobs import decode as job
+    from flax_vae.jobs.screen import note
 
-    config, budget = read_config(weights), read_budget(memory)
-    work = sources(latents, out, config, weights, resume)
-    check_stream(how.mesh, config, ((source.about.height, source.about.width) for source, _ in work))
-    for _, target in work:
-        check_begun(target, resume)
-    model = load(weights, how, lossy_tiles)
-    for source, _ in work:
-        if source.about.weights != model.weights:
-            note(
-                f"{source.path}: comes from other weights of the same config, or from another precision "
-                f"(hash {source.about.weights})"
-            )
-    if is_many(latents):
-        out.mkdir(exist_ok=True)
-    with progress("decoding", sum(source.frames for source, _ in work)) as meter:
-        for source, target in work:
-            decode_clip(source, target, model, budget, resume, meter)
+    meter = job.decode(latents, out, weights, options(READING, computing, resume, lossy_tiles))
     note(f"wrote {out}: {meter.pace()}")
-
-
-def decode_clip(source: Latents, target: Path, model: Model, budget: int | None, resume: bool, meter: Meter) -> None:
-    """Decodes one clip, or goes on with it."""
-    from flax_vae.jobs.job import Job
-    from flax_vae.runtime.stream import compiled
-
-    about, (_, *size) = source.about, source.shape
-    step = compiled(model.vae.decode_chunk, model.mesh)
-    with Job(target, {"command": "decode", "latents": source.identity, **model.identity}, resume) as job:
-        meter.already(job.progress.frames)
-        if not job.progress.is_complete:
-            shape = lambda latents: (1, max(latents, 1), *size)  # noqa: E731
-            latents = job.decision("chunk", lambda: chunk_latents(step, shape, source.shape[0], budget))
-            chunks = chunks_of(source, latents, model.vae.config.temporal_factor, job.progress)
-            run(job, step, chunks, FramePieces(job, target, about.fps, about.height, about.width), meter)
-        assemble(job, target, about.fps)
-
-
-def chunks_of(source: Latents, size: int, factor: int, done: Progress) -> Iterator[Chunk]:
-    """Yields the means that are not done yet, the first one of the clip alone, then `size` at a time.
-
-    The last chunk is filled by repeating its last latent: a shape of its own would be compiled for it alone.
-    """
-    from flax_vae.runtime.stream import cut
-
-    frames, latents = done.frames, done.latents
-    for means, is_last in marked(cut(source.means(latents), size, first=size if latents else 1)):
-        length = len(means)
-        decoded = min(length * factor if latents else 1, source.frames - frames)
-        filling = np.repeat(means[-1:], size - length if latents else 0, axis=0)
-        yield Chunk(np.concatenate([means, filling])[None], decoded, length, is_last)
-        frames, latents = frames + decoded, latents + length
-
-
-def sources(path: Path, out: Path, config: VAEConfig, weights: str, resume: bool) -> list[tuple[Latents, Path]]:
-    """Opens the latents to decode, and says where each goes; ValueError where they are not this model's."""
-    from flax_vae.io.latents import Latents
-
-    entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith(".")) if is_many(path) else [path]
-    opened = {entry: Latents(entry) for entry in entries}
-    for source in opened.values():
-        check_latents(source, config, weights)
-    if entries == [path]:
-        check_frames_target(out, path, opened[path].frames)
-        return [(opened[path], out)]
-    check_apart(out, path)
-    suffixes = {entry: IMAGE if source.frames == 1 else VIDEO for entry, source in opened.items()}
-    return [(opened[entry], target) for entry, target in named(suffixes, out, resume)]
-
-
-def is_many(path: Path) -> bool:
-    """Tells whether a folder holds the latents of several clips, each in a folder or a file of its own."""
-    from flax_vae.io.latents import first_file
-
-    return path.is_dir() and any(path.iterdir()) and not first_file(path).exists()
-
-
-def check_latents(source: Latents, config: VAEConfig, weights: str) -> None:
-    """Raises ValueError unless a model of this config has encoded the latents, and all of them are there."""
-    about = source.about
-    if about.config != (ours := config_hash(config)):
-        raise ValueError(
-            f"{source.path} comes from a model of another config (hash {about.config}; that of {weights} is {ours}): "
-            "decode with the checkpoint that encoded it"
-        )
-    expected = config.latent_shape(filled(source.frames, config.temporal_factor), about.height, about.width)
-    if source.shape != expected:
-        raise ValueError(f"{source.path}: latents of shape {source.shape}, expected {expected}; encode the clip again")

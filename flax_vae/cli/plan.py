@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from json import dumps
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import FlagCreatePairsOff, arg
 
-from flax_vae.cli.plan_request import Wanted, request_of, with_mesh
-from flax_vae.jobs.screen import note
+from flax_vae.jobs.screen import note, table
+from flax_vae.planning.wanted import Wanted, request_of, with_mesh
+
+if TYPE_CHECKING:
+    from flax_vae.planning.request import Report, Request
 
 AsJson = Annotated[bool, FlagCreatePairsOff, arg(help="print one JSON object, or a list", help_behavior_hint="")]
 Search = Annotated[
@@ -27,9 +31,7 @@ def plan(wanted: Annotated[Wanted, arg(name="")], json: AsJson = False, search: 
     Example:
       flax-vae plan --topology v5e:4x4 --batch 32 --mesh data=8,height=2
     """
-    from flax_vae.cli.plan_screen import print_json, report_json, show
     from flax_vae.planning.compile_ahead import compile_one
-    from flax_vae.planning.search import searched
 
     request = request_of(wanted)
     if most < 1:
@@ -37,12 +39,47 @@ def plan(wanted: Annotated[Wanted, arg(name="")], json: AsJson = False, search: 
     if search:
         if wanted.mesh is not None:
             raise ValueError(f"--mesh {wanted.mesh} and --search, which tries all meshes: give one of the two")
-        searched(request, most, json)
+        show_search(request, most, json)
         return
     request = with_mesh(request, wanted.mesh)
     note(f"compiling for {request.topology}: seconds for a small model, many minutes for a step of the full one")
-    report = compile_one(request)
-    if json:
-        print_json(report_json(report))
-    else:
-        show(report)
+    show(compile_one(request), json)
+
+
+def show(report: Report, as_json: bool) -> None:
+    """Prints a report, as JSON or as a table and a sentence."""
+    from flax_vae.planning.describe import report_json, rows, title, verdict
+
+    if as_json:
+        print(dumps(report_json(report)))
+        return
+    table(title(report.request), list(rows(report)))
+    print(verdict(report))
+
+
+def show_search(request: Request, most: int, as_json: bool) -> None:
+    """Compiles the most promising candidates, with a line for each, and prints what fits by its bound."""
+    from flax_vae.planning.compile_ahead import compiled_ahead
+    from flax_vae.planning.describe import amount, bound_words, report_json, settings, title, verdict
+    from flax_vae.planning.search import candidates, conclusion, rank
+
+    found = list(candidates(request))
+    if not found:
+        raise ValueError(f"{title(request)}: no mesh divides these clips evenly; take another batch or size")
+    note(f"{len(found)} ways to divide the work, of which {min(most, len(found))} are compiled")
+    reports: list[Report] = []
+    for i, (tried, report) in enumerate(compiled_ahead(found[:most]), 1):
+        words = f"cannot be: {report}" if isinstance(report, ValueError) else verdict(report)
+        note(f"{i} of {min(most, len(found))}: {settings(tried)}: {words}")
+        if not isinstance(report, ValueError):
+            reports.append(report)
+    if not reports:
+        raise ValueError("none of these could be compiled")
+    reports.sort(key=rank)
+    if as_json:
+        print(dumps([report_json(report) for report in reports]))
+        return
+    fits = {True: "yes", False: "no", None: "not known"}
+    rows = [(settings(r.request), amount(r.needed), fits[r.fits], bound_words(r)) for r in reports]
+    table(title(request), rows, ("", "memory", "fits", "at least"))
+    print(conclusion(reports))

@@ -6,54 +6,47 @@ Opening one reads headers alone.
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flax_vae.io.files import replacing
-from flax_vae.io.weights import (
-    DTYPES,
-    PICKLED,
-    SAFE,
-    SafetensorsFile,
-    Spec,
-    Tensors,
-    TorchFile,
-    kind,
-    write_safetensors,
-)
+from flax_vae.io.files import PICKLED, SAFE, read_json, replacing
+from flax_vae.io.weights import DTYPES, SafetensorsFile, Spec, Tensors, TorchFile, write_safetensors
 
 INDEX = ".index.json"
 NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")  # which weights to take where there are several
 DEFAULT = Path(__file__).parents[1] / "default_weights"
 WEIGHTS_FILE, CONFIG_FILE = "diffusion_pytorch_model.safetensors", "config.json"
 HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)((?:/\w[\w.-]*)*)/?", re.ASCII)
-JSON_LIMIT = 2**26  # bytes of a config or an index
 
 
-@contextmanager
-def open_checkpoint(path_or_hub_name: str | os.PathLike) -> Iterator["Checkpoint"]:
+def open_checkpoint(path_or_hub_name: str | os.PathLike, subfolder: str | None = None) -> "Checkpoint":
     """Opens a checkpoint directory, a weights file, or a hub name "owner/name[/folder]", which is downloaded.
 
-    "default" is the small model in this package, where there is nothing else of that name.
+    With `subfolder` it is the one in that folder. "default" is the small model in this package, where there is nothing
+    else of that name.
 
     Weights are .safetensors, also in shards with an index, or .bin, .pt, .pth; there the tensors may be in a
     `model` or `state_dict` among other things, which are left out. Raises FileNotFoundError where there is no such
     checkpoint, ImportError where torch is needed, and ValueError for files that are damaged, hostile, ambiguous, or
     not what their name says.
     """
-    yield Checkpoint(locate(path_or_hub_name))
+    return Checkpoint(locate(path_or_hub_name, subfolder))
 
 
-def locate(path_or_hub_name: str | os.PathLike) -> Path:
-    """Gives the directory or file that a name stands for, and downloads what is on the hub."""
+def locate(path_or_hub_name: str | os.PathLike, subfolder: str | None = None) -> Path:
+    """Returns the directory or file that a name stands for; downloads what is on the hub."""
     path = Path(path_or_hub_name)
+    if path.exists() and subfolder is not None:
+        if not (path / subfolder).is_dir():
+            raise FileNotFoundError(f"{path} has no folder {subfolder}")
+        return path / subfolder
     if path.exists():
         return path
-    return DEFAULT if path == Path("default") else download(os.fspath(path_or_hub_name))
+    name = os.fspath(path_or_hub_name) if subfolder is None else f"{os.fspath(path_or_hub_name)}/{subfolder}"
+    return DEFAULT if path == Path("default") and subfolder is None else download(name)
 
 
 class Checkpoint:
@@ -63,10 +56,14 @@ class Checkpoint:
         weights = weights_in(path) if path.is_dir() else path
         self.directory, self._files = weights.parent, open_weights(weights)
 
+    def has_config(self) -> bool:
+        """Whether there is a config.json beside the weights."""
+        return (self.directory / CONFIG_FILE).exists()
+
     def config(self) -> dict[str, Any]:
-        """Gives what config.json says; FileNotFoundError where there is none."""
+        """Returns the contents of config.json; FileNotFoundError where there is none."""
         path = self.directory / CONFIG_FILE
-        if not path.exists():
+        if not self.has_config():
             raise FileNotFoundError(
                 f"no {CONFIG_FILE} beside the weights in {self.directory}: add it, or pass a config"
             )
@@ -109,20 +106,6 @@ def read_index(path: Path) -> dict[str, str]:
     if strange:
         raise ValueError(f"{path}: 'weight_map' must name weights files in the same directory, got {strange[:9]}")
     return weight_map
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; ValueError names the file and what it is instead."""
-    size = path.stat().st_size
-    if size > JSON_LIMIT:
-        raise ValueError(f"{path} has {size:,} bytes: expected a config or an index of at most {JSON_LIMIT:,}")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as JSON ({error}); it looks like {kind(path)}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object, got a {type(values).__name__}")
-    return values
 
 
 def weights_in(directory: Path) -> Path:

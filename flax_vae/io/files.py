@@ -1,20 +1,23 @@
-"""Files that take their names only when they are complete, so that a failure leaves nothing half-written."""
+"""Files that take their names only when complete, JSON that is checked, and what damaged files look like."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import filelock
 
 PathLike = str | os.PathLike[str]
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # suffixes of files with one picture
+SAFE, PICKLED = (".safetensors",), (".bin", ".pt", ".pth")  # suffixes of weights
+JSON_LIMIT = 2**26  # bytes of a JSON file
 
 
 @contextmanager
@@ -66,3 +69,36 @@ def check_target(path: PathLike) -> None:
         raise ValueError(f"{path}: is a folder; add a file name")
     if not Path(path).parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {Path(path).parent}; create it first")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object; ValueError names the file and what it is instead."""
+    size = path.stat().st_size
+    if size > JSON_LIMIT:
+        raise ValueError(f"{path} has {size:,} bytes: expected a config or an index of at most {JSON_LIMIT:,}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error}); it looks like {kind(path)}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object, got a {type(values).__name__}")
+    return values
+
+
+def kind(path: Path) -> str:
+    """Says what a file looks like from its first bytes, and what to do about it."""
+    with open(path, "rb") as file:
+        head = file.read(512)
+    if not head:
+        return "an empty file: fetch it again"
+    if head.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer instead of the file: run git lfs pull"
+    if head.lstrip().startswith(b"<"):
+        return "a web page instead of the file: fetch it again"
+    if head[8:9] == b"{":
+        header, size = int.from_bytes(head[:8], "little"), path.stat().st_size
+        claim = f"with a header of {header:,} in {size:,} bytes"
+        return f"safetensors, whole or in part, {claim}: fetch it again, or end its name in {SAFE[0]}"
+    if head.startswith((b"PK", b"\x80")):
+        return f"what torch writes, whole or in part: fetch it again, or end its name in {', '.join(PICKLED)}"
+    return "something else: fetch it again"

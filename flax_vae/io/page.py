@@ -8,22 +8,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flax_vae.io.files import PathLike, replacing
-from flax_vae.io.picture import FAINT, INK
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-GRID = "#e8e8e8"
+INK, FAINT, GRID = "#1a1a1a", "#767676", "#e8e8e8"  # of words, of lesser words, of lines behind curves
+TIMES = "\N{MULTIPLICATION SIGN}"
 
 
 class Page:
     """A white page of some inches, on which things are placed by their top left corners."""
 
-    def __init__(self, width: float, height: float):
+    def __init__(self, width: float, height: float, dpi: int = 120):
         from matplotlib.figure import Figure
 
         self.width, self.height = width, height
-        self.figure = Figure(figsize=(width, height), dpi=120, facecolor="white")
+        self.figure = Figure(figsize=(width, height), dpi=dpi, facecolor="white")
 
     def text(self, x: float, y: float, words: str, **style: Any) -> None:
         """Writes words as they are: a $ in a file name is a $."""

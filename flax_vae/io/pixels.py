@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
 
 import numpy as np
@@ -27,6 +28,16 @@ def fit_size(height: int, width: int, multiple: int, size: int | Size | None = N
     else:
         height, width = size
     return height // multiple * multiple, width // multiple * multiple
+
+
+def parse_size(text: str | None) -> int | tuple[int, int] | None:
+    """Reads "256" as the short side and "288x512" as height and width."""
+    if text is None:
+        return None
+    if not re.fullmatch(r"\d{1,6}(x\d{1,6})?", text):
+        raise ValueError(f"--size {text}: expected the short side, as 256, or height x width, as 288x512")
+    height, *width = map(int, text.split("x"))
+    return (height, width[0]) if width else height
 
 
 def is_only_cropped(size: Size, wanted: Size) -> bool:

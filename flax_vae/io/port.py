@@ -1,11 +1,12 @@
-"""The port: torch's tensor names and axis orders <-> ours, for any module made of layers that have a rule.
+"""The port: torch's tensor names and axis orders <-> ours, for any module whose layers own their leaf rules.
 
-The torch key of a parameter is its attribute path in our modules, but for the last name; that name and the order of
-the axes follow from the type of the layer that holds it.
+The key of a parameter is its attribute path in our module, but for the last name: that name and the order of the axes
+are what the layer that holds it calls `torch`. A model's `layouts` turn keys into the names of the files that people
+have, such as diffusers' or the authors'.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,26 +16,9 @@ from flax import nnx
 from jaxtyping import DTypeLike
 
 from flax_vae.io.weights import DTYPES, Arrays, Spec, Tensors
-from flax_vae.layers.conv import Conv3d, FrameConv
-from flax_vae.layers.norm import CausalGroupNorm
 
-
-class Rule(NamedTuple):
-    """Torch's name of a parameter, and which of our axes are torch's, one after the other."""
-
-    name: str
-    axes: tuple[int, ...]
-
-
-RULES: dict[type, dict[str, Rule]] = {
-    Conv3d: {"kernel": Rule("weight", (4, 3, 0, 1, 2)), "bias": Rule("bias", (0,))},
-    FrameConv: {"kernel": Rule("weight", (3, 2, 0, 1)), "bias": Rule("bias", (0,))},
-    nnx.Linear: {"kernel": Rule("weight", (1, 0)), "bias": Rule("bias", (0,))},
-    CausalGroupNorm: {"scale": Rule("weight", (0,)), "bias": Rule("bias", (0,))},
-}
+Layout = Callable[[str], str]  # key of ours -> name of the tensor in a file
 WRAPPERS = re.compile(r"^(?:module\.|vae\.)+")
-OLD_ATTENTION = re.compile(r"(?<![^.])(query|key|value|proj_attn)(?=\.(?:weight|bias)$)")
-NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 class Parameter(NamedTuple):
@@ -50,41 +34,56 @@ class Parameter(NamedTuple):
         return tuple(self.variable.shape[axis] for axis in self.axes)
 
 
+def same_names(key: str) -> str:
+    """Names the layout of modules whose attribute paths are the names in a file."""
+    return key
+
+
+def layouts_of(module: nnx.Module) -> Mapping[str, Layout]:
+    """Returns the layouts that a module knows, the first of which is written."""
+    return getattr(module, "layouts", {"diffusers": same_names})
+
+
 def parameters(module: nnx.Module) -> dict[str, Parameter]:
-    """Gives every parameter by its torch key; ValueError names those that no rule covers."""
+    """Returns every parameter by its key; ValueError names those for which their layer has no rule."""
     nodes = dict(nnx.iter_graph(module))
     found, strange = {}, []
     for path, variable in nodes.items():
         if isinstance(variable, nnx.Param):
-            layer = type(nodes[path[:-1]])
-            rule = RULES.get(layer, {}).get(str(path[-1]))
-            if rule is None or len(rule.axes) != len(variable.shape):
-                strange.append(f"{'.'.join(map(str, path))} {variable.shape} of a {layer.__name__}")
+            layer = nodes[path[:-1]]
+            name, axes = getattr(layer, "torch", {}).get(str(path[-1]), (None, ()))
+            if name is None or len(axes) != len(variable.shape):
+                strange.append(f"{dotted(path)} {variable.shape} of a {type(layer).__name__}")
             else:
-                found[".".join(map(str, (*path[:-1], rule.name)))] = Parameter(path, variable, rule.axes)
+                found[dotted((*path[:-1], name))] = Parameter(path, variable, axes)
     if strange:
-        raise ValueError(f"no rule says what torch calls {', '.join(strange)}: add one to flax_vae.io.port.RULES")
+        raise ValueError(f"no rule says what torch calls {', '.join(strange)}: add it to the layer's `torch`")
     return found
 
 
+def dotted(path: tuple[Any, ...]) -> str:
+    """Returns an attribute path as torch writes it."""
+    return ".".join(map(str, path))
+
+
 def named_tensors(module: nnx.Module, state: nnx.State | None = None) -> Arrays:
-    """Gives the parameters of a module by torch key and in torch's axis order, each made when it is read.
+    """Returns the parameters of a module in its first layout, with torch's axis order, each made when it is read.
 
     With `state`, such as gradients, its values stand for the parameters of the same paths; ValueError when they are
     not exactly the module's.
     """
-    ours = parameters(module)
+    layout = next(iter(layouts_of(module).values()))
+    ours = {layout(key): parameter for key, parameter in parameters(module).items()}
     values = dict(nnx.to_flat_state(nnx.state(module, nnx.Param) if state is None else state))
-    astray = values.keys() ^ {p.path for p in ours.values()}
-    if astray:
-        paths = ", ".join(sorted(".".join(map(str, path)) for path in astray))
+    if astray := values.keys() ^ {p.path for p in ours.values()}:
+        paths = ", ".join(sorted(map(dotted, astray)))
         raise ValueError(f"the state must hold exactly the parameters of the module; only one of them holds {paths}")
     arrays = {path: x.get_value() if isinstance(x, nnx.Variable) else x for path, x in values.items()}
     return Arrays({key: arrays[p.path] for key, p in ours.items()}, {key: p.axes for key, p in ours.items()})
 
 
 def torch_layout(module: nnx.Module, state: nnx.State | None = None) -> dict[str, np.ndarray]:
-    """Gives what `named_tensors` names, all at once, as arrays of their own."""
+    """Returns what `named_tensors` names, all at once, as arrays of their own."""
     tensors = named_tensors(module, state)
     return {key: np.array(tensors.read(key), order="C") for key in tensors.shapes()}
 
@@ -92,60 +91,77 @@ def torch_layout(module: nnx.Module, state: nnx.State | None = None) -> dict[str
 def load(module: nnx.Module, source: Tensors, dtype: DTypeLike = jnp.float32) -> None:
     """Fills every parameter from tensors with torch's names and axis orders, cast to `dtype`, one at a time.
 
-    `module` may be abstract, from `nnx.eval_shape`; its random state then gets values too. Names may carry the
-    prefixes `module.` and `vae.`; beside tensors under `vae.`, those under `loss.` are other parts of a training
-    checkpoint (discriminator, perceptual loss) and are left out. The attention may have the names query, key, value,
-    proj_attn of old exports, and be 1x1 convolutions.
+    Args:
+      module: may be abstract, from `nnx.eval_shape`; its random state then gets values too.
+      source: tensors in one of the module's layouts. Names may carry the prefixes `module.` and `vae.`; beside tensors
+        under `vae.`, those under `loss.` are other parts of a training checkpoint (discriminator, perceptual loss) and
+        are left out. Shapes may differ from ours by trailing ones, as those of 1x1 convolutions from linear layers.
+      dtype: a floating-point dtype.
 
-    Raises ValueError, before any tensor is read, listing all that are missing, unexpected, given twice, of another
-    shape, or not of floating point; also for a `dtype` that is not of floating point, or float64 where jax has it
-    disabled. While reading, for a damaged file, and for values too large for the dtype; what was read before stays.
+    Raises:
+      ValueError: before any tensor is read, listing all that are missing, unexpected, given twice, of another shape, or
+        not floating point; also for another `dtype`, or float64 where jax has it disabled. While reading, for a damaged
+        file, and for values too large for the dtype; what was read before stays.
     """
     dtype = checked_dtype(dtype)
     ours = parameters(module)
-    names = match(ours, source.shapes(), type(module).__name__)
+    names = match(module, source.shapes())
     fill_random_state(module)
-    for key, (_, variable, axes) in ours.items():
-        shape = ours[key].torch_shape
-        tensor = source.read(names[key]).reshape(shape).transpose(np.argsort(axes))
-        variable.set_value(jnp.asarray(cast(key, tensor, dtype)))
+    for key, parameter in ours.items():
+        tensor = source.read(names[key]).reshape(parameter.torch_shape).transpose(np.argsort(parameter.axes))
+        parameter.variable.set_value(jnp.asarray(cast(key, tensor, dtype)))
 
 
-def match(ours: Mapping[str, Parameter], shapes: Mapping[str, Spec], what: str) -> dict[str, str]:
-    """Gives the name in the source of every torch key of ours; ValueError unless each has exactly one that fits."""
-    sources: dict[str, list[str]] = {}
-    is_training = any(re.match(r"(?:module\.)*vae\.", name) for name in shapes)
-    for name in shapes:
-        if name in ours or not (is_training and re.match(r"(?:module\.)*loss\.", name)):
-            sources.setdefault(name if name in ours else torch_key(name), []).append(name)
-    problems = [f"missing: {key} {ours[key].torch_shape}" for key in ours if key not in sources]
-    for key, names in sources.items():
+def match(module: nnx.Module, shapes: Mapping[str, Spec]) -> dict[str, str]:
+    """Returns the source's name of every key of the module, in the layout that fits best.
+
+    Raises ValueError, listing all problems at once, unless each key has exactly one tensor that fits, and no other
+    tensor is left.
+    """
+    ours = parameters(module)
+    layouts = [{layout(key): key for key in ours} for layout in layouts_of(module).values()]
+    found = unwrapped(shapes, known=set().union(*layouts))
+    wanted = max(layouts, key=lambda names: len(found.keys() & names.keys()))
+    problems = [f"missing: {name} {ours[key].torch_shape}" for name, key in wanted.items() if name not in found]
+    for name, names in found.items():
         shape, dtype = shapes[names[0]]
         if len(names) > 1:
-            problems.append(f"given twice: {key}, as {' and '.join(names)}")
-        elif key not in ours:
+            problems.append(f"given twice: {name}, as {' and '.join(names)}")
+        elif name not in wanted:
             problems.append(f"unexpected: {names[0]} {shape}")
-        elif not fits(shape, ours[key].torch_shape):
-            problems.append(f"wrong shape: {names[0]} is {shape}, expected {ours[key].torch_shape}")
+        elif without_ones(shape) != without_ones(expected := ours[wanted[name]].torch_shape):
+            problems.append(f"wrong shape: {names[0]} is {shape}, expected {expected}")
         elif dtype not in DTYPES:
             problems.append(f"wrong dtype: {names[0]} is {dtype}, expected one of {', '.join(DTYPES)}")
     if problems:
-        raise ValueError(f"these are not the weights of this {what}:\n  " + "\n  ".join(problems))
-    return {key: names[0] for key, names in sources.items()}
+        raise ValueError(f"these are not the weights of this {type(module).__name__}:\n  " + "\n  ".join(problems))
+    return {key: found[name][0] for name, key in wanted.items()}
 
 
-def torch_key(name: str) -> str:
-    """Gives the name that today's exports have: without wrappers, and with the attention's new names."""
-    return OLD_ATTENTION.sub(lambda found: NEW_ATTENTION[found[1]], WRAPPERS.sub("", name))
+def unwrapped(shapes: Mapping[str, Spec], known: Collection[str] = ()) -> dict[str, list[str]]:
+    """Returns the names in a source by what they are without wrappers; `known` names stay as they are.
+
+    Beside tensors under `vae.`, those under `loss.` are other parts of a training checkpoint, and are left out.
+    """
+    is_training = any(re.match(r"(?:module\.)*vae\.", name) for name in shapes)
+    found: dict[str, list[str]] = {}
+    for name in shapes:
+        if name in known:
+            found.setdefault(name, []).append(name)
+        elif not (is_training and re.match(r"(?:module\.)*loss\.", name)):
+            found.setdefault(WRAPPERS.sub("", name), []).append(name)
+    return found
 
 
-def fits(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    """Tells whether a tensor holds the values of a parameter; a matrix may also be the kernel of a 1x1 convolution."""
-    return shape == expected or (len(expected) == 2 and shape == (*expected, 1, 1))
+def without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns a shape without the ones at its end."""
+    while shape and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
 
 
 def checked_dtype(dtype: DTypeLike) -> np.dtype:
-    """Gives the dtype for weights; ValueError for one that weights or this jax cannot have."""
+    """Returns the dtype for weights; ValueError for one that weights or this jax cannot have."""
     dtype = np.dtype(dtype)
     if dtype.name not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype.name}")
@@ -155,7 +171,7 @@ def checked_dtype(dtype: DTypeLike) -> np.dtype:
 
 
 def cast(key: str, tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Gives a copy in `dtype`; ValueError where a value becomes infinite."""
+    """Returns a copy in `dtype`; ValueError where a value becomes infinite."""
     with np.errstate(over="ignore"):
         values = np.array(tensor, dtype, order="C")
     if values.dtype != tensor.dtype and (np.isinf(values) & ~np.isinf(tensor)).any():
@@ -164,7 +180,7 @@ def cast(key: str, tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def fill_random_state(module: nnx.Module) -> None:
-    """Gives abstract random state, such as dropout's, values: to each key its own, to counts 0.
+    """Fills abstract random state, such as that of dropout: each key gets its own value, counts get 0.
 
     Raises ValueError for other variables that have no value, since no checkpoint holds them.
     """

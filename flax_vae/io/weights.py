@@ -16,8 +16,9 @@ import ml_dtypes  # also teaches numpy, and through it safetensors, what bfloat1
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from flax_vae.io.files import kind
+
 Spec = tuple[tuple[int, ...], str]  # a tensor's shape and the name of its dtype
-SAFE, PICKLED = (".safetensors",), (".bin", ".pt", ".pth")
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # and what safetensors calls them
 FORMAT = {"format": "pt"}  # what other libraries look for in the metadata of weights
 CONTAINERS = ("model", "state_dict")  # where training checkpoints keep the weights
@@ -147,22 +148,3 @@ def write_safetensors(path: Path, tensors: Tensors, metadata: Mapping[str, str] 
         file.write(struct.pack("<Q", len(text)) + text)
         for key in keys:
             file.write(tensors.read(key).ravel().view(np.uint8).data)
-
-
-def kind(path: Path) -> str:
-    """Says what a file looks like from its first bytes, and what to do about it."""
-    with open(path, "rb") as file:
-        head = file.read(512)
-    if not head:
-        return "an empty file: fetch it again"
-    if head.startswith(b"version https://git-lfs"):
-        return "a git-lfs pointer instead of the file: run git lfs pull"
-    if head.lstrip().startswith(b"<"):
-        return "a web page instead of the file: fetch it again"
-    if head[8:9] == b"{":
-        header, size = int.from_bytes(head[:8], "little"), path.stat().st_size
-        claim = f"with a header of {header:,} in {size:,} bytes"
-        return f"safetensors, whole or in part, {claim}: fetch it again, or end its name in {SAFE[0]}"
-    if head.startswith((b"PK", b"\x80")):
-        return f"what torch writes, whole or in part: fetch it again, or end its name in {', '.join(PICKLED)}"
-    return "something else: fetch it again"

@@ -1,11 +1,10 @@
-"""How a command reads its clips: at which size, in which chunks, and with which frames repeated to fill the last one.
+"""How a job reads its clips: at which size, in which chunks, and with which frames repeated to fill the last one.
 
 T frames, H W pixels.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -33,7 +32,7 @@ class Clip:
     fps: Fraction
     limit: int | None
     stated: int | None
-    factor: int
+    config: VAEConfig
     is_image: bool
     has_sound: bool
     about: str  # what is done to its size
@@ -46,11 +45,11 @@ class Clip:
     @property
     def expected_latents(self) -> int | None:
         """Latents to come, if known."""
-        return None if self.expected is None else -(-(self.expected - 1) // self.factor) + 1
+        return None if self.expected is None else self.config.latent_frames(filled(self.expected, self.config))
 
     def shape(self, latents: int) -> tuple[int, ...]:
-        """Gives the shape of a chunk that becomes so many latents, or of the first frame for 0."""
-        return 1, max(latents * self.factor, 1), self.height, self.width, 3
+        """Returns the shape of a chunk that becomes so many latents, or of the first frame for 0."""
+        return 1, self.config.chunk_frames(latents), self.height, self.width, self.config.pixel_channels
 
     @property
     def source(self) -> dict[str, object]:
@@ -70,13 +69,14 @@ class Clip:
 
         if self.limit is not None and self.limit <= start:
             raise ValueError(f"--frames {self.limit}: {start} frames are done already; ask for more, or for all")
-        size, number = latents * self.factor, start
+        size, number = self.config.chunk_frames(latents), start
         frames = read_frames(self.path, (self.height, self.width), self.limit and self.limit - start, start)
         for pixels, is_last in marked(cut(frames, size, first=size if start else 1)):
             length = len(pixels)
             whole = length + (-length % size if number else 0)
             data = np.concatenate([pixels, np.repeat(pixels[-1:], whole - length, axis=0)])
-            yield Chunk(to_float(data)[None], length, -(-length // self.factor), is_last, pixels)
+            done = -(-length // self.config.temporal_factor)
+            yield Chunk(to_float(data)[None], length, done, is_last, pixels)
             number += length
         if number == start and start:
             raise ValueError(f"{self.path}: ends before frame {start}, up to which it was done; it was longer then")
@@ -87,9 +87,9 @@ class Clip:
             note(f"{self.path} has {counted(frames)}, fewer than the {self.limit} asked for")
         elif frames != (self.expected or frames):
             note(f"{self.path} states {self.stated} frames, but {frames} were read")
-        if (whole := filled(frames, self.factor)) != frames:
+        if (whole := filled(frames, self.config)) != frames:
             note(
-                f"{frames} frames are not {self.factor}k + 1: the last one is repeated to make {whole}, "
+                f"{frames} frames are not {self.config.frame_law()}: the last one is repeated to make {whole}, "
                 "and the repeats are cut off after decoding"
             )
 
@@ -102,7 +102,7 @@ def expected(clips: Iterable[Clip]) -> int | None:
 
 def open_clip(path: Path, config: VAEConfig, size: str | None, frames: int | None) -> Clip:
     """Finds out what a clip holds and decides its size; ValueError for a clip or size that will not do."""
-    from flax_vae.io.pixels import fit_size, is_only_cropped
+    from flax_vae.io.pixels import fit_size, is_only_cropped, parse_size
     from flax_vae.io.video_reader import probe
 
     if frames is not None and frames < 1:
@@ -118,22 +118,9 @@ def open_clip(path: Path, config: VAEConfig, size: str | None, frames: int | Non
     fits = (height, width) == (info.height, info.width)
     about = "as it is" if fits else f"{changed}, multiples of {multiple}"
     about = f"{path}: {info.height}x{info.width} (height x width), {about}"
-    factor, has_sound = config.temporal_factor, bool(info.sound)
-    return Clip(path, height, width, info.fps, frames, info.frames, factor, info.is_image, has_sound, about)
+    return Clip(path, height, width, info.fps, frames, info.frames, config, info.is_image, bool(info.sound), about)
 
 
-def filled(frames: int, factor: int) -> int:
-    """Gives the length of a clip once its last frame is repeated to make factor * k + 1."""
-    from flax_vae.ops.geometry import fitted_frames
-
-    return fitted_frames(frames, factor, "pad")
-
-
-def parse_size(text: str | None) -> int | tuple[int, int] | None:
-    """Reads "256" as the short side and "288x512" as height and width."""
-    if text is None:
-        return None
-    if not re.fullmatch(r"\d{1,6}(x\d{1,6})?", text):
-        raise ValueError(f"--size {text}: expected the short side, as 256, or height x width, as 288x512")
-    height, *width = map(int, text.split("x"))
-    return (height, width[0]) if width else height
+def filled(frames: int, config: VAEConfig) -> int:
+    """Returns the length of a clip once its last frame is repeated to make whole latents."""
+    return config.fitted_frames(frames, "pad")

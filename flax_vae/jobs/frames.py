@@ -70,7 +70,7 @@ class Loss:
 
     def add(self, before: np.ndarray, after: np.ndarray) -> None:
         """Compares uint8 frames (T, H, W, 3)."""
-        from flax_vae.io.picture import psnr
+        from flax_vae.metrics.psnr import psnr
 
         for pair in zip(before, after, strict=True):
             number = self._start + len(self._quality)

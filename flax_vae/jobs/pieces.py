@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from flax_vae.jobs.job import Job
     from flax_vae.jobs.screen import Meter
 
-PIECE = 16  # latents of a piece, but for one more in the first; chunks are a power of two up to this
+PIECE_LATENTS = 16  # of a piece, but for one more in the first; chunks are a power of two up to this
 T = TypeVar("T")
 
 
@@ -48,7 +48,7 @@ def run(job: Job, step: Callable, chunks: Iterable[Chunk], pieces: Pieces, meter
             pieces.add(result, chunk)
             meter.done(chunk.frames)
             frames, latents = frames + chunk.frames, latents + chunk.latents
-            if chunk.is_last or latents >= PIECE + (job.progress.pieces == 0):
+            if chunk.is_last or latents >= PIECE_LATENTS + (job.progress.pieces == 0):
                 pieces.finish(chunk.is_last)
                 job.commit(carry, frames, latents, chunk.is_last)
                 frames = latents = 0

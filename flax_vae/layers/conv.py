@@ -1,4 +1,4 @@
-"""Convolutions over time, height and width; the only file that knows how time is padded and carried.
+"""Convolutions over time, height and width: the only file that pads time and cuts the carry of a convolution.
 
 B batch, T frames, H W pixels, C channels; arrays are B T H W C, kernels are T H W I O.
 """
@@ -6,7 +6,7 @@ B batch, T frames, H W pixels, C channels; arrays are B T H W C, kernels are T H
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,28 +15,32 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from flax_vae.layers.strips import strips
-from flax_vae.layers.time_halo import FromNeighbour, frames_before
+from flax_vae.layers.time_halo import TimeHalo, frames_before
+from flax_vae.ops import schedule
 from flax_vae.ops.geometry import Pair, causal_padding, conv_output_size, conv_outputs, triple
 from flax_vae.ops.lowering import convolve
-from flax_vae.ops.schedule import computed_once, not_before
-from flax_vae.ops.window import Window, wide_dtype
+from flax_vae.ops.precision import add_bias
+from flax_vae.ops.window import Window
 
 PadMode = Literal["constant", "replicate", "reflect", "circular"]
 Padding = tuple[Pair, Pair, Pair]
 Clip = Float[Array, "b _ _ _ _"]  # B T H W C; a layer keeps the batch, and may change everything else
-Carry = Array | FromNeighbour | tuple[()] | None
+Carry = Array | TimeHalo | tuple[()] | None
+TorchLeaves = dict[str, tuple[str, tuple[int, ...]]]  # parameter -> torch's name, and our axes in torch's order
 
-INITIAL_SPREAD = 0.02  # standard deviation of random kernels, as the public training starts from
+INIT_STD = 0.02  # standard deviation of random kernels, as the public training starts from
 _NUMPY_PAD_MODE = {"replicate": "edge", "reflect": "reflect", "circular": "wrap"}
 
 
 class Conv3d(nnx.Module):
-    """Convolves B T H W C with zeros around it, as torch's Conv3d does on B C T H W.
+    """Convolution of B T H W C with zero padding, as torch's Conv3d on B C T H W.
 
     Holds `kernel` (time, height, width, in / groups, out) and `bias` (out). An integer kernel, stride, padding or
     dilation is meant for all three axes. Raises ValueError when `groups` does not divide the channels, and for a
     kernel, stride or dilation of less than 1.
     """
+
+    torch: ClassVar[TorchLeaves] = {"kernel": ("weight", (4, 3, 0, 1, 2)), "bias": ("bias", (0,))}
 
     def __init__(
         self,
@@ -61,7 +65,7 @@ class Conv3d(nnx.Module):
         time, height, width = triple(padding)
         self.padding: Padding = ((time, time), (height, height), (width, width))
         shape = (*self.kernel_size, in_channels // groups, out_channels)
-        self.kernel = nnx.Param(initial_weights(rngs.params(), shape))
+        self.kernel = nnx.Param(init_weights(rngs.params(), shape))
         self.bias = nnx.Param(jnp.zeros(out_channels, jnp.float32)) if bias else None
 
     def __call__(self, x: Clip) -> Clip:
@@ -71,7 +75,7 @@ class Conv3d(nnx.Module):
         return self.convolve(x, self.padding)
 
     def output_size(self, size: Sequence[int], padding: Padding) -> tuple[int, ...]:
-        """Gives the output's time, height and width (or its last axes alone, for a `size` of fewer axes)."""
+        """Returns the output's time, height and width (or its last axes alone, for a `size` of fewer axes)."""
         axes = zip(self.kernel_size, self.stride, padding, self.dilation, strict=True)
         last = list(axes)[3 - len(size) :]
         return tuple(conv_output_size(n, *axis) for n, axis in zip(size, last, strict=True))
@@ -79,18 +83,19 @@ class Conv3d(nnx.Module):
     def convolve(self, x: Clip, padding: Padding, rest: Carry = None) -> Clip:
         """Convolves with the given padding of time, height and width; too few frames give no frame.
 
-        It starts no sooner than the `rest` of the clip, which a carry keeps, is computed.
+        It starts after the `rest` of the clip, which the carry keeps, is computed: XLA would otherwise cut the carry at
+        the end of the program and keep the whole clip until then.
         """
         window = Window(self.stride, padding, self.dilation, self.groups)
         if strips().count > 1:
             x, window = self._around_strips(x, window)
-        kernel = not_before(rest, self.kernel[...])
+        kernel = schedule.after(rest, self.kernel[...])
         kernel = kernel.reshape(*self.kernel_size, *kernel.shape[-2:])
         y: Any = convolve(x, kernel, window)
         return y if self.bias is None else add_bias(y, self.bias[...])
 
     def _around_strips(self, x: Clip, window: Window) -> tuple[Clip, Window]:
-        """Puts around each strip what is beside it; ValueError where outputs of the frame are none of any strip's."""
+        """Puts around each strip its halo; ValueError where an output of the frame belongs to no strip."""
         cut, index = strips(), strips().axis - 1
         frame = [size * (cut.count if axis == cut.axis else 1) for axis, size in enumerate(x.shape)][1:4]
         x, padding = cut.extended(x, window.padding)
@@ -105,10 +110,12 @@ class Conv3d(nnx.Module):
 
 
 class FrameConv(Conv3d):
-    """Convolves every frame by itself, with zeros around it, as torch's Conv2d does on images.
+    """Convolution of every frame by itself with zero padding, as torch's Conv2d on images.
 
     Holds `kernel` (height, width, in, out) and `bias` (out). Raises ValueError for a kernel or stride of less than 1.
     """
+
+    torch: ClassVar[TorchLeaves] = {"kernel": ("weight", (3, 2, 0, 1)), "bias": ("bias", (0,))}
 
     def __init__(
         self,
@@ -126,7 +133,7 @@ class FrameConv(Conv3d):
 
 
 class CausalConv3d(nnx.Module):
-    """Convolves a stream of frames so that no output frame sees a later input frame.
+    """Causal convolution of a stream of frames: no output frame sees a later input frame.
 
     At the start of the stream time gets dilation * (k - 1) frames of padding in front and none behind; later on the
     carry stands there. Height and width get k // 2 on each side, whatever the stride and the dilation. Padding means
@@ -163,18 +170,23 @@ class CausalConv3d(nnx.Module):
         self.pad_mode: PadMode = pad_mode
 
     @property
+    def frames_a_step(self) -> int:
+        """Input frames from one output frame to the next: the stride in time."""
+        return self.conv.stride[0]
+
+    @property
     def span(self) -> int:
         """Frames from the oldest that an output needs, or that the stride skips before it, to the newest."""
         return max(self.padding[0][0] + 1, self.conv.stride[0])
 
     def __call__(self, x: Clip, carry: Carry = None) -> tuple[Clip, Carry]:
-        """Gives the output frames that `x` completes, and as carry the input frames that later outputs need."""
+        """Returns the output frames that `x` completes, and as carry the input frames that later outputs need."""
         check_clip(x, self.conv.in_channels)
         self.conv.output_size(x.shape[2:4], self.padding)
         before = self.padding[0][0]
         if carry is None:
             check_start(x)
-            x = computed_once(x)
+            x = schedule.materialize_on_cpu(x)
             padding, seen, skipped = self.padding, x, 1 - self.span
             mode: PadMode = self.pad_mode if x.shape[1] > before else "constant"
         else:
@@ -182,7 +194,7 @@ class CausalConv3d(nnx.Module):
                 raise ValueError(
                     "circular padding joins the end of a clip to its start: pass the whole clip, it cannot be streamed"
                 )
-            x = computed_once(self._extended(carry, x))
+            x = schedule.materialize_on_cpu(self._extended(carry, x))
             padding, seen, skipped = ((0, 0), *self.padding[1:]), x[:, self.span - 1 - before :], 0
             mode = self.pad_mode
         kernel, stride, dilation = self.conv.kernel_size[0], self.conv.stride[0], self.conv.dilation[0]
@@ -218,26 +230,20 @@ class CausalConv3d(nnx.Module):
         return jnp.concatenate([before, x], axis=1)
 
     def _rest(self, x: Clip, start: int) -> Carry:
-        """Gives the frames from `start` on, with frames of zeros in front where it is negative."""
+        """Returns the frames from `start` on, with frames of zeros in front where it is negative."""
         if self.span == 1:
             return ()
         return jnp.pad(x[:, max(start, 0) :], ((0, 0), (max(-start, 0), 0), (0, 0), (0, 0), (0, 0)))
 
 
-def initial_weights(key: Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> Array:
-    """Draws normal weights of standard deviation `INITIAL_SPREAD`.
+def init_weights(key: Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> Array:
+    """Draws normal weights of standard deviation `INIT_STD`.
 
     The length drawn is a power of two, so that a model with dozens of shapes compiles a few draws and not dozens.
     """
     size = math.prod(shape)
-    drawn = INITIAL_SPREAD * jax.random.normal(key, (1 << (size - 1).bit_length(),), dtype)
+    drawn = INIT_STD * jax.random.normal(key, (1 << (size - 1).bit_length(),), dtype)
     return drawn[:size].reshape(shape)
-
-
-def add_bias(y: Array, bias: Array) -> Array:
-    """Adds a bias to each channel in float32 or better, in which its gradient, a sum over pixels, is summed too."""
-    bias = bias.astype(wide_dtype(y)).reshape((1,) * (y.ndim - 1) + bias.shape)
-    return (y.astype(bias.dtype) + bias).astype(y.dtype)
 
 
 def check_clip(x: Array, channels: int) -> None:

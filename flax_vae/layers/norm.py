@@ -1,21 +1,25 @@
 """Group normalisation of one frame at a time: B batch, T frames, H W pixels, C channels."""
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from flax_vae.layers.conv import Clip, check_clip
+from flax_vae.layers.conv import Clip, TorchLeaves, check_clip
 from flax_vae.layers.strips import strips
-from flax_vae.ops.window import wide_dtype
+from flax_vae.ops.precision import accumulation_dtype
 
 
 class CausalGroupNorm(nnx.Module):
-    """Normalises each group of channels over the pixels of a single frame, so that no frame sees another.
+    """Group normalisation over the pixels of a single frame, so that no frame sees another.
 
     y = (x - mean) / sqrt(var + eps) * scale + bias, with the two-pass variance in float32 or better (Wu & He 2018).
     Raises ValueError when `num_groups` does not divide `num_channels`.
     """
+
+    torch: ClassVar[TorchLeaves] = {"scale": ("weight", (0,)), "bias": ("bias", (0,))}
 
     def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-6, *, rngs: nnx.Rngs):
         del rngs  # ones and zeros need no randomness; the signature is every layer's
@@ -28,14 +32,14 @@ class CausalGroupNorm(nnx.Module):
     def __call__(self, x: Clip) -> Clip:
         """Normalises (B, T, H, W, C) and returns it in the dtype it came in."""
         check_clip(x, self.num_channels)
-        wide = x.astype(wide_dtype(x))
+        wide = x.astype(accumulation_dtype(x))
         scale, bias = (each[...].astype(wide.dtype).reshape(1, 1, 1, 1, -1) for each in (self.scale, self.bias))
         centred = wide - self.group_mean(wide)
         scale = jax.lax.rsqrt(self.group_mean(jnp.square(centred)) + self.eps) * scale
         return (centred * scale + bias).astype(x.dtype)
 
     def group_mean(self, x: Clip) -> Array:
-        """Averages over the pixels of each frame and the channels of a group; gives (B, T, 1, 1, C).
+        """Averages over the pixels of each frame and the channels of a group; returns (B, T, 1, 1, C).
 
         One axis after the other: sums of sums round less than one long sum. Channels stay one axis, over which loops
         are vectorized, until pixels are summed.

@@ -10,13 +10,13 @@ from flax import nnx
 
 from flax_vae.layers.conv import CausalConv3d, Clip, check_clip, check_start
 from flax_vae.layers.time_halo import frames_before
+from flax_vae.ops import schedule
 from flax_vae.ops.geometry import triple
-from flax_vae.ops.schedule import computed_once
-from flax_vae.ops.window import wide_dtype
+from flax_vae.ops.precision import accumulation_dtype
 
 
 class AvgPool3d(nnx.Module):
-    """Averages windows of time, height and width as torch's AvgPool3d does, on B T H W C.
+    """Average pooling over time, height and width, as torch's AvgPool3d, on B T H W C.
 
     Raises ValueError when the padding is more than half of the kernel, or a size is less than 1.
     """
@@ -43,14 +43,14 @@ class AvgPool3d(nnx.Module):
         axes = zip(x.shape[1:4], self.kernel_size, self.stride, self.padding, strict=True)
         counts = [window_counts(*axis, self.ceil_mode, self.count_include_pad) for axis in axes]
         padding = [(0, 0), *map(self._around, range(3), x.shape[1:4], map(len, counts)), (0, 0)]
-        wide = wide_dtype(x)
+        wide = accumulation_dtype(x)
         window, stride = (1, *self.kernel_size, 1), (1, *self.stride, 1)
         sums = jax.lax.reduce_window(x.astype(wide), np.zeros((), wide), jax.lax.add, window, stride, padding)
         area = np.einsum("t,h,w->thw", *counts)[None, ..., None]
         return (sums / area.astype(wide)).astype(x.dtype)
 
     def _around(self, axis: int, size: int, windows: int) -> tuple[int, int]:
-        """Gives the zeros before and after an axis that its windows reach into."""
+        """Returns the zeros before and after an axis that its windows reach into."""
         reach = (windows - 1) * self.stride[axis] + self.kernel_size[axis] - self.padding[axis]
         return self.padding[axis], max(0, reach - size)
 
@@ -79,6 +79,8 @@ class SpatialDownsample(nnx.Module):
     The convolution rounds odd sizes up, the average down. Averaging cannot change the channels: ValueError.
     """
 
+    frames_a_step = 1
+
     def __init__(self, channels: int, out_channels: int | None = None, use_conv: bool = True, *, rngs: nnx.Rngs):
         check_pooled_channels(channels, out_channels, use_conv)
         out_channels = out_channels or channels
@@ -95,6 +97,8 @@ class TemporalDownsample(nnx.Module):
     By a causal 3x3x3 convolution of stride (2, 1, 1), or by the average of two frames; the first frame of the stream
     is then averaged with itself, and an odd frame waits in the carry. Averaging cannot change the channels: ValueError.
     """
+
+    frames_a_step = 2
 
     def __init__(self, channels: int, out_channels: int | None = None, use_conv: bool = True, *, rngs: nnx.Rngs):
         check_pooled_channels(channels, out_channels, use_conv)
@@ -122,13 +126,15 @@ def check_pooled_channels(channels: int, out_channels: int | None, use_conv: boo
 class SpatialUpsample(nnx.Module):
     """Doubles height and width: a causal 3x3x3 convolution to 4 values a channel, then the pixel shuffle."""
 
+    frames_a_step = 1
+
     def __init__(self, channels: int, out_channels: int | None = None, *, rngs: nnx.Rngs):
         self.conv = CausalConv3d(channels, 4 * (out_channels or channels), 3, rngs=rngs)
 
     def __call__(self, x: Clip, carry=None):
         """Maps (B, T, H, W, C) to (B, T, 2H, 2W, out); returns it and the carry."""
         y, carry = self.conv(x, carry)
-        return computed_once(rearrange(y, "b t h w (c p1 p2) -> b t (h p1) (w p2) c", p1=2, p2=2)), carry
+        return schedule.materialize_on_cpu(rearrange(y, "b t h w (c p1 p2) -> b t (h p1) (w p2) c", p1=2, p2=2)), carry
 
 
 class TemporalUpsample(nnx.Module):
@@ -137,6 +143,8 @@ class TemporalUpsample(nnx.Module):
     The first frame of a stream is one frame only, so k + 1 frames become 2k + 1, and later k become 2k.
     """
 
+    frames_a_step = 1
+
     def __init__(self, channels: int, out_channels: int | None = None, *, rngs: nnx.Rngs):
         self.conv = CausalConv3d(channels, 2 * (out_channels or channels), 3, rngs=rngs)
 
@@ -144,4 +152,4 @@ class TemporalUpsample(nnx.Module):
         """Maps (B, T, H, W, C) to (B, 2T - 1 or 2T, H, W, out); returns it and the carry."""
         y, after = self.conv(x, carry)
         y = rearrange(y, "b t h w (c p) -> b (t p) h w c", p=2)
-        return computed_once(y[:, 1:] if carry is None else y), after
+        return schedule.materialize_on_cpu(y[:, 1:] if carry is None else y), after

@@ -1,15 +1,22 @@
 """The residual block: B batch, T frames, H W pixels, C channels."""
 
+from typing import Any
+
 from flax import nnx
 
 from flax_vae.layers.conv import CausalConv3d, Clip
 from flax_vae.layers.norm import CausalGroupNorm
-from flax_vae.layers.remat import call_again
+from flax_vae.layers.remat import remat
 
 
 class CausalResnetBlock(nnx.Module):
-    """Two norms, silus and causal 3x3x3 convolutions beside a shortcut, which is a 1x1x1 convolution only where the
-    number of channels changes; the sum is divided by `output_scale_factor`."""
+    """Residual block: norm, silu and a causal 3x3x3 convolution, twice, beside a shortcut.
+
+    The shortcut is a 1x1x1 convolution where the number of channels changes, otherwise the identity; the sum is divided
+    by `output_scale_factor`.
+    """
+
+    frames_a_step = 1
 
     def __init__(
         self,
@@ -36,14 +43,30 @@ class CausalResnetBlock(nnx.Module):
     def __call__(self, x: Clip, carry=None):
         """Maps (B, T, H, W, in) to (B, T, H, W, out); returns it and the carry."""
         carry1, carry2 = (None, None) if carry is None else carry
-        h, carry1 = call_again(activated, (self.norm1, self.conv1), x, carry1)
-        h, carry2 = call_again(activated, (self.norm2, self.dropout, self.conv2), h, carry2)
+        h, carry1 = remat(norm_silu_conv, (self.norm1, self.conv1), x, carry1)
+        h, carry2 = remat(norm_silu_conv, (self.norm2, self.dropout, self.conv2), h, carry2)
         if self.conv_shortcut is not None:
             x, _ = self.conv_shortcut(x, None if carry is None else ())
         return (x + h) / self.output_scale_factor, (carry1, carry2)
 
 
-def activated(layers: tuple, x: Clip, carry):
+class Head(nnx.Module):
+    """The end of an encoder or decoder: a norm, silu and a causal convolution."""
+
+    def __init__(self, norm: nnx.Module, conv: CausalConv3d):
+        self.norm, self.conv = norm, conv
+
+    @property
+    def frames_a_step(self) -> int:
+        """Those of the convolution."""
+        return self.conv.frames_a_step
+
+    def __call__(self, x: Clip, carry: Any = None) -> tuple[Clip, Any]:
+        """Maps (B, T, H, W, C) to (B, T, H, W, out); returns it and the carry."""
+        return remat(norm_silu_conv, (self.norm, self.conv), x, carry)
+
+
+def norm_silu_conv(layers: tuple, x: Clip, carry: Any) -> tuple[Clip, Any]:
     """Runs a norm, silu, dropout where there is any, and a convolution; returns the output and the carry."""
     norm, *dropout, conv = layers
     x = nnx.silu(norm(x))

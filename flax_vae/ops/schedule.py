@@ -1,4 +1,4 @@
-"""What a compiled program computes first, and what it computes once: hints that change no value."""
+"""Scheduling hints for XLA: what a program computes first, together or once; they change no value."""
 
 from typing import TypeVar
 
@@ -10,29 +10,29 @@ Tree = TypeVar("Tree")
 
 
 @jax.custom_vjp
-def not_before(other, x: Tree) -> Tree:
-    """Gives `x`, but not before `other` is computed; gradients do not wait.
+def after(other, x: Tree) -> Tree:
+    """Returns x, but makes the forward pass compute `other` first.
 
-    XLA else puts off to the end of a program what only its caller asks for, and keeps what that is computed from.
+    Otherwise XLA schedules an output that nothing else reads at the end of the program and keeps its inputs alive.
     """
     return lax.optimization_barrier((other, x))[1]
 
 
 @jax.custom_vjp
-def at_once(tree: Tree) -> Tree:
-    """Gives a tree as it is; none of its gradients is passed on before all of them are computed."""
+def gradients_together(tree: Tree) -> Tree:
+    """Returns a tree as it is; the backward pass computes all of its gradients before it passes any on."""
     return tree
 
 
 @jax.custom_vjp
-def computed_once(x: Array) -> Array:
-    """Gives `x`, which a CPU does not compute again within each of what needs it; other platforms may.
+def materialize_on_cpu(x: Array) -> Array:
+    """Materialises x on CPU, so that XLA does not fuse (and recompute) it into every consumer; a no-op elsewhere.
 
-    XLA for TPUs computes what goes into a convolution within it, and saves writing it; for a CPU it writes it anyhow.
+    A TPU fuses what goes into a convolution and saves writing it; a CPU writes it in any case.
     """
     return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
 
 
-not_before.defvjp(lambda other, x: (not_before(other, x), None), lambda _, gradient: (None, gradient))
-at_once.defvjp(lambda tree: (tree, None), lambda _, gradients: (lax.optimization_barrier(gradients),))
-computed_once.defvjp(lambda x: (computed_once(x), None), lambda _, gradient: (gradient,))
+after.defvjp(lambda other, x: (after(other, x), None), lambda _, gradient: (None, gradient))
+gradients_together.defvjp(lambda tree: (tree, None), lambda _, gradients: (lax.optimization_barrier(gradients),))
+materialize_on_cpu.defvjp(lambda x: (materialize_on_cpu(x), None), lambda _, gradient: (gradient,))

@@ -12,11 +12,11 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array
 
 from flax_vae.ops.geometry import Pair, Triple, conv_outputs
+from flax_vae.ops.precision import accumulation_dtype as wide_dtype  # noqa: F401
 
 Lowering = Literal["platform", "plain", "stacked", "frames", "winograd"]
 _lowering = jax.make_user_context("platform")  # which compiled programs are kept by
@@ -85,11 +85,6 @@ class Tap:
     def frames(self) -> slice:
         """Gives the frames that it sees."""
         return slice(self.frame, self.frame + (self.stop - self.start - 1) * self.stride + 1, self.stride)
-
-
-def wide_dtype(x: Array) -> np.dtype:
-    """Gives the dtype in which sums over `x` are taken: float32 or better."""
-    return np.promote_types(x.dtype, np.float32)
 
 
 def mirrored(kernel: Array) -> Array:

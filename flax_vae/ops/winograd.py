@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from flax_vae.ops import schedule
 from flax_vae.ops.geometry import Pair, steps_of_frames
-from flax_vae.ops.schedule import not_before
 from flax_vae.ops.window import images
 
 TILES = 1000  # of a block of a frame: their sums, and the products with these, stay in the cache
@@ -43,7 +43,7 @@ def convolve(x: Array, kernel: Array, padding: tuple[Pair, Pair], backwards: boo
     channels = kernel.shape[3] + len(kernel) * kernel.shape[4]
     for block in blocks_of_rows(len(x), *(size // 2 - 1 for size in tiles.shape[2:4]), channels):
         seen = tiles[:, :, 2 * block.start : 2 * block.stop + 2]
-        seen = not_before(done[-1], seen) if done else seen
+        seen = schedule.after(done[-1], seen) if done else seen
         done.append(multiplied(seen, spectrum, len(kernel), backwards))
     return jnp.concatenate(done, axis=2)[:, :, :rows, :columns]
 
@@ -70,7 +70,7 @@ def multiplied(x: Array, spectrum: Sums, taps: int, backwards: bool) -> Array:
         return later, lax.dynamic_update_index_in_dim(y, now, frame, 1)
 
     of_frame = b, height // 2 - 1, 2, width // 2 - 1, 2, out
-    zero = not_before(x, jnp.zeros((), x.dtype))  # else XLA keeps one clip of zeros, and copies it for each convolution
+    zero = schedule.after(x, jnp.zeros((), x.dtype))  # otherwise XLA keeps one clip of zeros, and copies it
     y = jnp.broadcast_to(zero, (b, frames, *of_frame[1:]))
     _, y = lax.fori_loop(0, frames, add_frame, ([jnp.zeros(of_frame, x.dtype)] * (taps - 1), y))
     return y.reshape(b, frames, height - 2, width - 2, out)

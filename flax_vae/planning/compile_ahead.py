@@ -12,12 +12,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from flax_vae.planning.chips import Topology, parse_topology
+from flax_vae.planning.request import Report, Request
 
 TPU = {
     "JAX_PLATFORMS": "cpu",
@@ -28,59 +29,14 @@ TPU = {
     "TPU_LOG_DIR": "disabled",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-CHILD = "flax_vae.planning.worker"
-SHOWN = 20  # lines of what a process that died has said
+WORKER = "flax_vae.planning.worker"
+LAST_LINES = 20  # that are shown of what a process that died has said
 
 
-@dataclass(frozen=True)
-class Request:
-    """A program that is asked for."""
-
-    topology: str
-    job: str  # train, encode or decode
-    model: str
-    batch: int
-    frames: int
-    height: int
-    width: int
-    mesh: dict[str, int]
-    precision: str
-    preset: str = "stage1"  # of the training run
-    chunk: int | None = None
-    remat: bool = False
-    frame_by_frame: bool = False
-    fsdp: bool = False
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a program takes on each device; None for what is not known of these devices."""
-
-    request: Request
-    devices: int
-    device_kind: str
-    needed: int | None  # bytes of memory
-    available: int | None
-    fits: bool | None
-    memory: dict[str, int] | None = None  # that needed, by what it is for; None where the compiler gave up
-    flops: int | None = None
-    bytes: int | None = None
-    collectives: list[dict[str, Any]] | None = None
-    seconds: dict[str, float] | None = None  # at least, by what takes them
-    bound: str | None = None  # which of these is the longest
-    compile_seconds: float | None = None
-    loops_of_unknown_length: int = 0
-
-    @property
-    def longest(self) -> float:
-        """The seconds that it takes at least."""
-        return max(self.seconds.values()) if self.seconds else float("inf")
-
-
-def compiled_ahead(requests: Sequence[Request], at_once: int = 2) -> Iterator[tuple[Request, Report | ValueError]]:
-    """Yields reports as they come, `at_once` being compiled; a ValueError for what cannot be compiled at all."""
+def compiled_ahead(requests: Sequence[Request], workers: int = 2) -> Iterator[tuple[Request, Report | ValueError]]:
+    """Yields reports as they come, `workers` at a time; a ValueError for what cannot be compiled at all."""
     running: list[subprocess.Popen] = []
-    with ThreadPoolExecutor(at_once) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         waiting = {pool.submit(compile_one, request, running): request for request in requests}
         try:
             while waiting:
@@ -102,7 +58,7 @@ def compile_one(request: Request, running: list[subprocess.Popen] | None = None)
     Raises ValueError for a program that cannot be, ModuleNotFoundError without libtpu, and ChildProcessError, with the
     last that it said, where the process died. What it needs to be stopped is added to `running`.
     """
-    command, pipe = [sys.executable, "-m", CHILD], subprocess.PIPE
+    command, pipe = [sys.executable, "-m", WORKER], subprocess.PIPE
     environment = environment_for(parse_topology(request.topology))
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment) as child:
         if running is not None:
@@ -114,7 +70,7 @@ def compile_one(request: Request, running: list[subprocess.Popen] | None = None)
             raise
     with suppress(json.JSONDecodeError):
         return read_answer(json.loads(out), request)
-    last = "\n".join(noise.strip().splitlines()[-SHOWN:])
+    last = "\n".join(noise.strip().splitlines()[-LAST_LINES:])
     killed = ", perhaps because memory ran out" * (child.returncode == -9)
     raise ChildProcessError(f"the process that compiles ended with code {child.returncode}{killed}:\n{last}")
 

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 
 from flax_vae.planning.chips import Chip
-from flax_vae.planning.compile_ahead import Report
 from flax_vae.planning.hlo import Program, program
+from flax_vae.planning.request import Report
 from flax_vae.planning.roofline import seconds
 
 REFUSED = [  # what the compiler says of a program that does not fit: needed, and available

@@ -1,4 +1,4 @@
-"""What `flax-vae plan --search` tries, in which order, and what it makes of it."""
+"""Which meshes and savings of memory a search tries, in which order, and how it ranks what it finds."""
 
 from __future__ import annotations
 
@@ -7,39 +7,8 @@ from dataclasses import replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from flax_vae.jobs.screen import note, table
-
 if TYPE_CHECKING:
-    from flax_vae.planning.compile_ahead import Report, Request
-
-
-def searched(request: Request, most: int, as_json: bool) -> None:
-    """Compiles the most promising candidates, with a line for each, and ranks what fits by its bound."""
-    from flax_vae.cli import plan_screen as plan
-    from flax_vae.planning.compile_ahead import compiled_ahead
-
-    found = list(candidates(request))
-    if not found:
-        raise ValueError(f"{plan.title(request)}: no mesh divides these clips evenly; take another batch or size")
-    note(f"{len(found)} ways to divide the work, of which {min(most, len(found))} are compiled")
-    reports: list[Report] = []
-    for i, (tried, report) in enumerate(compiled_ahead(found[:most]), 1):
-        words = f"cannot be: {report}" if isinstance(report, ValueError) else plan.verdict(report)
-        note(f"{i} of {min(most, len(found))}: {plan.settings(tried)}: {words}")
-        if not isinstance(report, ValueError):
-            reports.append(report)
-    if not reports:
-        raise ValueError("none of these could be compiled")
-    reports.sort(key=rank)
-    if as_json:
-        plan.print_json([plan.report_json(report) for report in reports])
-        return
-    rows = [
-        (plan.settings(report.request), plan.amount(report.needed), fit_word(report), bound_words(report))
-        for report in reports
-    ]
-    table(plan.title(request), rows, ("", "memory", "fits", "at least"))
-    print(conclusion(reports))
+    from flax_vae.planning.request import Report, Request
 
 
 def candidates(request: Request) -> Iterator[Request]:
@@ -62,13 +31,16 @@ def candidates(request: Request) -> Iterator[Request]:
 
 def savings(request: Request) -> Iterator[Request]:
     """Yields the ways to take less memory, the fastest first."""
+    from flax_vae.families import registry
+
     if request.job == "train":
         yield replace(request, remat=False, fsdp=False)
         request = replace(request, remat=True, fsdp=request.fsdp)
         yield replace(request, fsdp=False)
         request = replace(request, fsdp=True)
     yield request
-    chunks = [] if request.chunk else [size for size in (16, 8) if size < request.frames - 1]
+    factor = registry.preset(request.model).temporal_factor
+    chunks = [] if request.chunk else [size for size in (2 * factor, factor) if size < request.frames - 1]
     yield from (replace(request, chunk=size) for size in chunks)
     if not request.frame_by_frame:
         yield replace(request, frame_by_frame=True)
@@ -76,14 +48,14 @@ def savings(request: Request) -> Iterator[Request]:
 
 def admitted(request: Request) -> Iterator[dict[str, int]]:
     """Yields meshes of all devices that divide the clips evenly; those over clips first, then over few axes."""
-    from flax_vae.models.config import VAEConfig
+    from flax_vae.families import registry
     from flax_vae.planning.chips import parse_topology
     from flax_vae.runtime.mesh import AXES, check_sizes
 
     count = parse_topology(request.topology).devices
     if count is None:
         raise ValueError("--search needs to know how many devices there are: give a slice of TPUs, or cpu:8")
-    config: VAEConfig = getattr(VAEConfig, request.model)()
+    config = registry.preset(request.model)
     shape = request.batch, request.frames, request.height, request.width
     order = sorted(factorizations(count, len(AXES)), key=lambda sizes: (-sizes[0], sum(n > 1 for n in sizes), sizes))
     for sizes in order:
@@ -113,19 +85,9 @@ def rank(report: Report) -> tuple[Any, ...]:
     return 0, report.longest, sum((report.seconds or {}).values()), needed
 
 
-def fit_word(report: Report) -> str:
-    return {True: "yes", False: "no", None: "not known"}[report.fits]
-
-
-def bound_words(report: Report) -> str:
-    from flax_vae.cli.plan_screen import duration
-
-    return f"{duration(report.longest)} ({report.bound})" if report.seconds else ""
-
-
 def conclusion(reports: Sequence[Report]) -> str:
     """Names the best of the ranked reports; where nothing fits, how far off the nearest is, and what would fit."""
-    from flax_vae.cli.plan_screen import amount, settings, verdict
+    from flax_vae.planning.describe import amount, settings, verdict
 
     best = reports[0]
     if best.fits is not False:

@@ -13,11 +13,13 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from flax_vae.planning.chips import Topology, parse_topology
-from flax_vae.planning.compile_ahead import Report, Request
+from flax_vae.planning.request import Report, Request
 from flax_vae.runtime.compiler_options import order_for_memory
 
 if TYPE_CHECKING:
     import jax
+
+    from flax_vae.models.vae import VideoVAE
 
 
 def main() -> None:
@@ -64,7 +66,7 @@ def measure(request: Request) -> Report:
 
 
 def devices_of(topology: Topology) -> list[Any]:
-    """Gives the devices to compile for; ValueError where there are none."""
+    """Returns the devices to compile for; ValueError where there are none."""
     import jax
     from jax.experimental import topologies
 
@@ -79,19 +81,20 @@ def devices_of(topology: Topology) -> list[Any]:
 
 
 def limit_of(topology: Topology, device: Any) -> int | None:
-    """Gives the bytes that a program may use on a device, where that is known."""
+    """Returns the bytes that a program may use on a device, where that is known."""
     if topology.chip:
         return int(topology.chip.memory / topology.chip.devices)
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def lower_training(request: Request, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
-    """Gives a step of training, with the GAN if the preset has one."""
+    """Lowers a step of training, with the GAN if the preset has one."""
     from flax import nnx
 
     from flax_vae.metrics.lpips import LPIPS
     from flax_vae.train.config import PRESETS
-    from flax_vae.train.step import DISCRIMINATORS, Trainer
+    from flax_vae.train.discriminator_step import new_discriminator
+    from flax_vae.train.step import Trainer
 
     preset = PRESETS[request.preset]
     clips = replace(preset.clips, batch=request.batch, frames=request.frames, size=request.height, images=0.0)
@@ -99,18 +102,19 @@ def lower_training(request: Request, mesh: jax.sharding.Mesh) -> jax.stages.Lowe
     config = replace(preset, clips=clips, **{name: getattr(request, name) for name in names})
     with_gan = config.gan.kind != "none"
     lpips = nnx.eval_shape(lambda: LPIPS(rngs=nnx.Rngs(0))) if config.loss.lpips else None
-    judge = nnx.eval_shape(lambda: DISCRIMINATORS[config.gan.kind](rngs=nnx.Rngs(1))) if with_gan else None
-    trainer = Trainer(config, abstract_vae(request), lpips, judge, mesh=mesh, fsdp=request.fsdp)
+    vae = abstract_vae(request)
+    discriminator = nnx.eval_shape(lambda: new_discriminator(config, vae.config.pixel_channels)) if with_gan else None
+    trainer = Trainer(config, vae, lpips, discriminator, mesh=mesh, fsdp=request.fsdp)
     return trainer.lower((request.batch, request.frames, request.height, request.width), with_gan=with_gan)
 
 
 def lower_coding(request: Request, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
-    """Gives the program that encodes, or decodes, with weights in the precision that is computed in."""
+    """Lowers the program that encodes, or decodes, with weights in the precision that is computed in."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
 
-    from flax_vae.runtime.parallel import lower_decode, lower_encode
+    from flax_vae.runtime.sharded import lower_decode, lower_encode
 
     vae = abstract_vae(request)
     structure, parameters, rest = nnx.split(vae, nnx.Param, ...)
@@ -121,16 +125,14 @@ def lower_coding(request: Request, mesh: jax.sharding.Mesh) -> jax.stages.Lowere
     return lower(vae, mesh, (request.batch, request.frames, request.height, request.width), request.chunk, dtype)
 
 
-def abstract_vae(request: Request) -> Any:
-    """Gives the model without weights."""
-    from flax import nnx
+def abstract_vae(request: Request) -> VideoVAE:
+    """Returns the model without weights."""
+    from flax_vae.families import registry
+    from flax_vae.layers.sequence import Execution
 
-    from flax_vae.models.config import VAEConfig
-    from flax_vae.models.vae import CausalVideoVAE
-
-    config: VAEConfig = getattr(VAEConfig, request.model)()
-    config = replace(config, remat=request.remat, frame_by_frame=request.frame_by_frame)
-    return nnx.eval_shape(lambda: CausalVideoVAE(config, rngs=nnx.Rngs(0)))
+    vae = registry.abstract(registry.preset(request.model))
+    vae.execution = Execution(request.remat, request.frame_by_frame)
+    return vae
 
 
 if __name__ == "__main__":

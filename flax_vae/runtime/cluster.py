@@ -168,8 +168,8 @@ def process() -> tuple[int, int]:
     return jax.process_index(), jax.process_count()
 
 
-def gathered(value: Any) -> list[Any]:
-    """Gives what each process has, in their order; all of them must call it, and it can be anything that pickles."""
+def allgather(value: Any) -> list[Any]:
+    """Returns the values of all processes, in their order; all must call it, with anything that pickles."""
     from jax.experimental.multihost_utils import process_allgather
 
     if process()[1] == 1:
@@ -212,5 +212,5 @@ def share_of(mesh: Mesh | None) -> tuple[int, int]:
 
 def check_same(value: Any, what: str) -> None:
     """Raises ValueError, in all processes, where they do not all have the same."""
-    if others := [number for number, other in enumerate(gathered(value)) if other != value]:
+    if others := [number for number, other in enumerate(allgather(value)) if other != value]:
         raise ValueError(f"{what} are not the same in process {process()[0]} as in {others[0]}: start all alike")

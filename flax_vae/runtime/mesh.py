@@ -19,7 +19,7 @@ from flax_vae.models.config import VAEConfig
 AXES = ("data", "time", "height", "width")
 ALIASES = {"space": "height"}
 KERNEL = re.compile(r"\bkernel\b")
-SMALLEST_SHARE = 2**16  # values of a kernel below which a device keeps all of it: sending it would take longer
+MIN_SHARDED_VALUES = 2**16  # of a kernel; smaller ones are replicated, as gathering them would take longer
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -35,7 +35,7 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """Gives a mesh of these sizes, 1 for an axis without one, over all devices there are, or over those given.
+    """Returns a mesh of these sizes, 1 for an axis without one, over all devices there are, or over those given.
 
     Raises ValueError unless the sizes make as many as there are devices.
     """
@@ -45,13 +45,13 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     shape = [sizes.get(axis, 1) for axis in AXES]
     if (count := math.prod(shape)) != len(devices):
         raise ValueError(
-            f"the mesh {named(sizes)} has {count} devices, and there are {len(devices)}: expected sizes that make "
+            f"the mesh {mesh_name(sizes)} has {count} devices, and there are {len(devices)}: expected sizes that make "
             f"{len(devices)}"
         )
     return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def named(sizes: Mapping[str, int]) -> str:
+def mesh_name(sizes: Mapping[str, int]) -> str:
     """Writes sizes as `parse_mesh` reads them."""
     return ",".join(f"{axis}={size}" for axis, size in sizes.items())
 
@@ -84,25 +84,26 @@ def check_sizes(sizes: Mapping[str, int], config: VAEConfig, batch: int, frames:
         )
         problems.append(f"{length} {what} over {axis}={size}: expected {law}, or {axis}={fitting}{other}")
     if problems:
-        raise ValueError(f"the mesh {named(sizes)} does not divide the work evenly:\n  " + "\n  ".join(problems))
+        raise ValueError(f"the mesh {mesh_name(sizes)} does not divide the work evenly:\n  " + "\n  ".join(problems))
 
 
 def clip_spec(time_is_divided: bool) -> Spec:
-    """Says over which axes a clip, or a part of one, lies; its first frame lies on all devices of `time`."""
+    """Returns the axes over which a clip, or a part of one, is sharded; its first frame is replicated over `time`."""
     return Spec("data", "time" if time_is_divided else None, "height", "width", None)
 
 
-def placed(mesh: Mesh, spec: Spec | None = None) -> NamedSharding:
-    """Gives the sharding of an array on the mesh; without a spec, all of it lies on every device."""
+def sharding(mesh: Mesh, spec: Spec | None = None) -> NamedSharding:
+    """Returns the sharding of an array on the mesh; without a spec, it is replicated."""
     return NamedSharding(mesh, Spec() if spec is None else spec)
 
 
 def weights_spec(path: Any, leaf: Any, devices: int) -> Spec:
-    """Says where a weight, or what an optimizer keeps of it, lies when the devices of `data` share the weights.
+    """Returns how a weight, or what an optimizer keeps of it, is sharded over the devices of `data` (FSDP).
 
-    Kernels large enough are divided by their output channels, or else by their input channels; the rest is everywhere.
+    Kernels large enough are sharded over their output channels, otherwise over their input channels; the rest is
+    replicated.
     """
-    if devices == 1 or math.prod(leaf.shape) < SMALLEST_SHARE or not KERNEL.search(jax.tree_util.keystr(path)):
+    if devices == 1 or math.prod(leaf.shape) < MIN_SHARDED_VALUES or not KERNEL.search(jax.tree_util.keystr(path)):
         return Spec()
     axes = [axis for axis in (leaf.ndim - 1, leaf.ndim - 2) if leaf.shape[axis] % devices == 0]
     return Spec(*(("data" if axis == axes[0] else None) for axis in range(leaf.ndim))) if axes else Spec()

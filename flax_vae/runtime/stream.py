@@ -17,43 +17,44 @@ from flax import nnx
 from jax.sharding import Mesh
 from numpy.typing import ArrayLike
 
-from flax_vae.layers.scan import fit_frames
-from flax_vae.ops.geometry import FramePolicy, fitted_frames
-from flax_vae.runtime.parallel import everywhere, put_step, step_on_mesh
+from flax_vae.models.config import ExtraFrames, VAEConfig
+from flax_vae.models.vae import VideoVAE, fit_frames
+from flax_vae.runtime.parallel import replicate, run_step, shard_step
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
 
 
 def encode(
-    vae: Any,
+    vae: VideoVAE,
     chunks: Iterable[ArrayLike],
     carry: Any = None,
-    frames: FramePolicy = "error",
+    extra_frames: ExtraFrames = "error",
     mesh: Mesh | None = None,
 ) -> Stream:
     """Encodes a video of any length: yields the distribution of latents of every chunk, in order.
 
     Args:
-      vae: a model with `encode_chunk` and a config with `temporal_factor`, such as `CausalVideoVAE`.
-      chunks: (B, T, H, W, 3), pixels in [-1, 1]; T = 8k + 1 at the start of the stream and 8k later on, for a
+      vae: a model whose config says that it `streams`, such as `CausalVideoVAE`.
+      chunks: (B, T, H, W, C), pixels in [-1, 1]; T = 8k + 1 at the start of the stream and 8k later on, for a
         temporal factor of 8. They are read as they are needed, at most one ahead of what is yielded; one and the same
         numpy array may be filled anew for each.
       carry: None at the start of a stream, or the `carry` of a stream to go on from.
-      frames: for a last chunk of another length: "error" raises ValueError, "pad" repeats its last frame, "trim"
+      extra_frames: for a last chunk of another length: "error" raises ValueError, "pad" repeats its last frame, "trim"
         leaves out the frames that do not complete a latent.
-      mesh: devices that share each chunk (`flax_vae.runtime.mesh`); they must divide its rows, columns and latents.
+      mesh: devices that share each chunk (`flax_vae.make_mesh`); they must divide its rows, columns and latents.
     """
     step = compiled(vae.encode_chunk, mesh)
-    return Stream(step, fitted(chunks, vae.config.temporal_factor, frames, carry is None), carry)
+    return Stream(step, fitted(chunks, vae.config, extra_frames, carry is None), carry)
 
 
-def decode(vae: Any, chunks: Iterable[ArrayLike], carry: Any = None, mesh: Mesh | None = None) -> Stream:
-    """Decodes latents of any length: yields the frames (B, T, H, W, 3) of every chunk (B, t, h, w, z), in order.
+def decode(vae: VideoVAE, chunks: Iterable[ArrayLike], carry: Any = None, mesh: Mesh | None = None) -> Stream:
+    """Decodes latents of any length: yields the frames (B, T, H, W, C) of every chunk (B, t, h, w, z), in order.
 
     `chunks` have one latent or more each, and are read as they are needed, at most one ahead of what is yielded.
     `carry` is None at the start of a stream, or the `carry` of a stream to go on from; the devices of a `mesh` share
     each chunk.
     """
+    vae.config.checked_chunk(vae.config.temporal_factor)
     return Stream(compiled(vae.decode_chunk, mesh), chunks, carry)
 
 
@@ -96,10 +97,10 @@ def _one_ahead(step, chunks, carry):
 def compiled(method: Step, mesh: Mesh | None = None) -> Compiled:
     """Compiles a step that is a method of an nnx module, once for every shape of chunk, with the weights as they are.
 
-    Steps of modules that are built alike share what is compiled. The devices of a `mesh` share each chunk.
+    Modules of one structure share what is compiled. The devices of a `mesh` share each chunk.
     """
     structure, state = nnx.split(method.__self__)
-    state = state if mesh is None else everywhere(state, mesh)
+    state = state if mesh is None else replicate(state, mesh)
     return Compiled(_call, method.__func__, mesh, structure, state)
 
 
@@ -113,37 +114,40 @@ class Compiled(functools.partial):
 
     def __call__(self, chunk: Any, carry: Any) -> tuple[Any, Any]:
         """Runs the step."""
-        return self.func(*self.args, *self._placed(chunk, carry))
+        return self.func(*self.args, *self._sharded(chunk, carry))
 
     def trace(self, chunk: Any, carry: Any) -> jax.stages.Traced:
-        """Gives the program for a chunk and a carry, or for shapes in their place, to be looked at and compiled."""
-        return self.func.trace(*self.args, *self._placed(chunk, carry))
+        """Traces the program for a chunk and a carry, or for shapes in their place, to be inspected and compiled."""
+        return self.func.trace(*self.args, *self._sharded(chunk, carry))
 
-    def _placed(self, chunk: Any, carry: Any) -> tuple[Any, Any]:
-        return (chunk, carry) if self.mesh is None else put_step(chunk, carry, self.mesh)
+    def _sharded(self, chunk: Any, carry: Any) -> tuple[Any, Any]:
+        return (chunk, carry) if self.mesh is None else shard_step(chunk, carry, self.mesh)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _call(function, mesh, structure, state, chunk, carry):  # weights inside the program would be compiled as constants
     module = nnx.merge(structure, state)
-    return function(module, chunk, carry) if mesh is None else step_on_mesh(module, function, chunk, carry, mesh)
+    return function(module, chunk, carry) if mesh is None else run_step(module, function, chunk, carry, mesh)
 
 
-def fitted(chunks: Iterable[ArrayLike], factor: int, frames: FramePolicy, start: bool = True) -> Iterator[ArrayLike]:
-    """Yields chunks of `factor` * k frames (plus 1 at the `start`), (B, T, ...), the last one made so by `frames`.
+def fitted(
+    chunks: Iterable[ArrayLike], config: VAEConfig, extra_frames: ExtraFrames, start: bool = True
+) -> Iterator[ArrayLike]:
+    """Yields chunks (B, T, ...) of whole latents, the first as at the start of a stream if it is one.
 
-    Raises ValueError where another than the last one is not so, and where a stream starts with no frame.
+    Raises ValueError where another than the last one holds no whole latents, or a stream starts with no frame.
     """
+    config.checked_chunk(config.temporal_factor)
     chunks, starts = iter(chunks), itertools.chain([start], itertools.repeat(False))
 
     def fit(chunk: Any, start: bool) -> Any:
         if start and not chunk.shape[1]:
             raise ValueError(f"a stream must start with at least one frame, got {tuple(chunk.shape)}")
-        length = fitted_frames(chunk.shape[1], factor, frames, start)
+        length = config.fitted_frames(chunk.shape[1], extra_frames, start)
         if length == chunk.shape[1]:
             return chunk
         if next(chunks, None) is not None:
-            law = f"{factor}k + 1" if start else f"{factor}k"
+            law = config.frame_law(start)
             raise ValueError(f"a chunk that is not the last has {chunk.shape[1]} frames, expected {law}")
         return fit_frames(chunk, length)
 

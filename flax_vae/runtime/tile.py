@@ -19,11 +19,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from flax_vae.io.picture import psnr
 from flax_vae.layers.conv import Clip
-from flax_vae.layers.scan import checked_chunk, in_chunks
-from flax_vae.ops.geometry import FramePolicy
-from flax_vae.ops.window import wide_dtype
+from flax_vae.layers.scan import scan_chunks
+from flax_vae.models.config import ExtraFrames
+from flax_vae.models.vae import VideoVAE
+from flax_vae.ops.precision import accumulation_dtype
 from flax_vae.runtime.stream import compiled
 
 Step = Callable[[Any, Any], tuple[Any, Any]]  # (clip or chunk, carry) -> (result, carry)
@@ -118,7 +118,7 @@ def add_tiles(result, step, x, shape, starts, carry, ratio, overlap):
         start, carry = tile
         x_tile = jax.lax.dynamic_slice(x, (0, 0, *start, 0), (*x.shape[:2], *shape, x.shape[4]))
         y, carry = step(x_tile, carry)
-        start, wide = start * ratio.numerator // ratio.denominator, wide_dtype(y)
+        start, wide = start * ratio.numerator // ratio.denominator, accumulation_dtype(y)
         share = tile_share(start, y.shape[2:4], result.shape[2:4], overlap, wide)
         place = (0, 0, *start, 0)
         others = jax.lax.dynamic_slice(result, place, y.shape)
@@ -174,7 +174,7 @@ class TiledModule(nnx.Module):
     def _tile(self, x, carry):
         if self.chunk is None:
             return self.untiled(x, carry)
-        return in_chunks(self.untiled, type(self.untiled).__call__, x, self.chunk)[0], None
+        return scan_chunks(self.untiled, type(self.untiled).__call__, x, self.chunk)[0], None
 
 
 class LossyTiles(nnx.Module):
@@ -187,32 +187,33 @@ class LossyTiles(nnx.Module):
     inference: all tiles have the same dropout.
 
     Args:
-      vae: a model with `encoder`, `decoder` and a config, such as `CausalVideoVAE`; its weights are taken as they are.
+      vae: a model, whose weights are taken as they are.
       tiling: in pixels, multiples of the config's `spatial_factor`.
 
     Raises:
       ValueError: a tiling of other sizes.
     """
 
-    def __init__(self, vae: Any, tiling: LossyTiling = LossyTiling()):
+    def __init__(self, vae: VideoVAE, tiling: LossyTiling = LossyTiling()):
         pixels = Fraction(vae.config.spatial_factor)
         self.config, self.tiling = vae.config, tiling
-        self.vae = nnx.clone(vae)
-        # The 1x1x1 convolutions between these and the latents may as well come after blending, or before cutting: they
-        # see one pixel, and the shares of tiles in a pixel sum to one.
+        self.vae: Any = nnx.clone(vae)
+        # What comes between these and the latents sees one pixel, so it may as well come after blending, or before
+        # cutting: the shares of tiles in a pixel sum to one.
         self.vae.encoder = TiledModule(self.vae.encoder, tiling, 1 / pixels)
         self.vae.decoder = TiledModule(self.vae.decoder, tiling.scaled(1 / pixels), pixels)
 
-    def encode(self, video: Clip, chunk: int | None = None, frames: FramePolicy = "error") -> Any:
-        """Gives the distribution of latents of (B, T, H, W, 3), as the model's `encode` does."""
-        factor, vae = self.config.temporal_factor, nnx.clone(self.vae)
-        vae.encoder.chunk = factor * video.shape[1] if chunk is None else checked_chunk(chunk, factor)
-        return vae.encode(video, frames=frames)
+    def encode(self, video: Clip, chunk: int | None = None, extra_frames: ExtraFrames = "error") -> Any:
+        """Returns the distribution of latents of (B, T, H, W, C), as the model's `encode` does."""
+        vae, every = nnx.clone(self.vae), self.config.temporal_factor * video.shape[1]
+        vae.encoder.chunk = every if chunk is None else self.config.checked_chunk(chunk)
+        return vae.encode(video, extra_frames=extra_frames)
 
     def decode(self, latents: Clip, chunk: int | None = None) -> Clip:
-        """Gives the video of latents (B, t, h, w, z), as the model's `decode` does."""
+        """Returns the video of latents (B, t, h, w, z), as the model's `decode` does."""
         vae = nnx.clone(self.vae)
-        vae.decoder.chunk = latents.shape[1] if chunk is None else checked_chunk(chunk, 1)
+        self.config.checked_chunk(self.config.temporal_factor * (1 if chunk is None else chunk))
+        vae.decoder.chunk = latents.shape[1] if chunk is None else chunk
         return vae.decode(latents)
 
     def encode_chunk(self, x: Clip, carry: Any = None) -> tuple[Any, Any]:
@@ -222,14 +223,3 @@ class LossyTiles(nnx.Module):
     def decode_chunk(self, z: Clip, carry: Any = None) -> tuple[Clip, Any]:
         """Decodes the next latents of a stream, as the model's `decode_chunk` does."""
         return self.vae.decode_chunk(z, carry)
-
-
-def lossy_psnr(vae: Any, video: Clip, tiling: LossyTiling = LossyTiling(), chunk: int | None = None) -> float:
-    """Gives in dB how close a video encoded and decoded in lossy tiles is to that without tiles; inf where equal.
-
-    The peak is 2, pixels being in [-1, 1]. Both are computed, `chunk` frames at a time; without tiles, that takes the
-    memory that tiles save.
-    """
-    latents = chunk and chunk // vae.config.temporal_factor
-    tiled, untiled = (m.decode(m.encode(video, chunk).mode(), latents) for m in (LossyTiles(vae, tiling), vae))
-    return psnr(tiled, untiled)

@@ -16,6 +16,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 CHECKPOINTS = "checkpoints"  # in the folder of a run
 QUALITY, STATE = "psnr", "state"
 UNKNOWN = -math.inf
+SAVED_AS = {"ema": "average", "ema_logits": "usual_logits"}  # fields of a state whose names on disk are older
 
 
 class Checkpoints:
@@ -103,6 +104,9 @@ def quality_of(metrics: dict[str, float]) -> float:
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """Gives the leaves of a tree by their paths, as parameters.encoder.conv_in.conv.kernel."""
-    paths = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
+    """Returns the leaves of a tree by their names on disk, as parameters.encoder.conv_in.conv.kernel."""
+    named = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        field, dot, rest = jax.tree_util.keystr(path, simple=True, separator=".").partition(".")
+        named[f"{SAVED_AS.get(field, field)}{dot}{rest}"] = leaf
+    return named

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any, Literal
 
+from flax_vae.models.config import VAEConfig
+
 Gans = Literal["none", "frames", "causal"]
 Regularizers = Literal["none", "r1", "lecam"]
 Optimizers = Literal["adamw", "muon"]
 Precision = Literal["float32", "bfloat16"]
-Model = Literal["tiny", "small", "full"]
 
 
 @dataclass(frozen=True)
@@ -19,9 +20,9 @@ class ClipConfig:
     """What is drawn from the data: clips and images, at random places and moments."""
 
     frames: int = 17
-    """frames of a clip, 8k + 1"""
+    """frames of a clip, as many as make whole latents: 8k + 1 for Pyramid-Flow"""
     size: int = 256
-    """height and width in pixels, a multiple of 8: a clip is scaled to cover it, and cropped"""
+    """height and width in pixels, a multiple of what a latent spans: a clip is scaled to cover it, and cropped"""
     zoom: float = 1.0
     """a clip is scaled up to so many times larger than that, at random, but not beyond its own size"""
     fps: float | None = None
@@ -105,11 +106,11 @@ class OptimizerConfig:
 class TrainConfig:
     """A training run; a run of the same config, data and seed is the same run."""
 
-    model: Model = "full"
-    """preset of the model"""
+    model: str = "pyramid-flow"
+    """preset of the model, as pyramid-flow, pyramid-flow-small or pyramid-flow-tiny"""
     init: str | None = None
     """checkpoint to start from, in place of random weights"""
-    spread: float | None = 0.02
+    init_std: float | None = 0.02
     """standard deviation of random kernels; None takes 1/sqrt(inputs of an output), without which narrow models learn
     slowly"""
     steps: int = 100_000
@@ -123,7 +124,8 @@ class TrainConfig:
     frame_by_frame: bool = False
     """compute each block one frame after the other: the same gradients in less memory, for large frames"""
     chunk: int | None = None
-    """frames to compute at a time, a multiple of 8, with the gradients of the whole; None takes the clip as a whole"""
+    """frames to compute at a time, a multiple of what a latent spans, with the gradients of the whole; None takes the
+    clip as a whole"""
     save_every: int = 1000
     """steps from one checkpoint to the next"""
     keep: int = 3
@@ -139,8 +141,8 @@ class TrainConfig:
 STAGE1 = TrainConfig()
 PRESETS = {
     "tiny": TrainConfig(
-        model="tiny",
-        spread=None,
+        model="pyramid-flow-tiny",
+        init_std=None,
         steps=2000,
         precision="float32",
         remat=False,
@@ -159,23 +161,42 @@ PRESETS = {
 COUNTS = "steps save_every keep picture_every clips.batch clips.image_batch optimizer.accumulate loss.lpips_frames"
 RULES: list[tuple[str, str, Callable[[Any], bool]]] = [
     *((name, "at least 1", lambda value: value >= 1) for name in [*COUNTS.split(), "clips.zoom"]),
-    ("chunk", "a multiple of 8, or None", lambda value: value is None or (value >= 8 and value % 8 == 0)),
-    ("clips.frames", "8k + 1", lambda value: value >= 1 and value % 8 == 1),
-    ("clips.size", "a multiple of 8, at least 16", lambda value: value >= 16 and value % 8 == 0),
     ("clips.fps", "above 0, or None", lambda value: value is None or value > 0),
     ("clips.images", "from 0 to 1", lambda value: 0 <= value <= 1),
     ("gan", "kind frames where it has an init", lambda value: value.init is None or value.kind == "frames"),
-    ("spread", "above 0, or None", lambda value: value is None or value > 0),
+    ("init_std", "above 0, or None", lambda value: value is None or value > 0),
     ("clips.workers", "at least 0", lambda value: value >= 0),
     ("optimizer.learning_rate", "above 0", lambda value: value > 0),
     ("optimizer.ema", "from 0 to 1", lambda value: 0 <= value <= 1),
 ]
 
 
-def check(config: TrainConfig) -> None:
-    """Raises ValueError that lists all that a run cannot have."""
+# What runs of earlier versions call a setting, or what a setting had for a value.
+RENAMED = {"spread": "init_std"}
+RENAMED_MODELS = {
+    size: f"pyramid-flow{suffix}" for size, suffix in (("full", ""), ("small", "-small"), ("tiny", "-tiny"))
+}
+
+
+def check(config: TrainConfig, model: VAEConfig) -> None:
+    """Raises ValueError that lists all that a run of this model cannot have."""
     values = {name: attrgetter(name)(config) for name, *_ in RULES}
-    if wrong := [
-        f"{name} is {values[name]}, expected {rule}" for name, rule, holds in RULES if not holds(values[name])
-    ]:
+    wrong = [f"{name} is {values[name]}, expected {rule}" for name, rule, holds in RULES if not holds(values[name])]
+    frames, size, chunk = config.clips.frames, config.clips.size, config.chunk
+    factor, side = model.temporal_factor, model.spatial_factor
+    if frames < 1 or (frames - 1) % factor:
+        wrong.append(f"clips.frames is {frames}, expected {model.frame_law()}")
+    if size < 2 * side or size % side:
+        wrong.append(f"clips.size is {size}, expected a multiple of {side}, at least {2 * side}")
+    if chunk is not None and (chunk < factor or chunk % factor):
+        wrong.append(f"chunk is {chunk}, expected a multiple of {factor}, or None")
+    if wrong:
         raise ValueError(f"cannot train so: {'; '.join(wrong)}")
+
+
+def upgraded(settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings of a run, as its config.json holds them, in the names of today."""
+    settings = {RENAMED.get(name, name): value for name, value in settings.items()}
+    if settings.get("model") in RENAMED_MODELS:
+        settings["model"] = RENAMED_MODELS[settings["model"]]
+    return settings

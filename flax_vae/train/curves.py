@@ -11,7 +11,7 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from flax_vae.train.report import History
+    from flax_vae.train.history import History
 
 BLUE, GREEN, RUST, PURPLE, GREY = "#1f5fa8", "#2c8259", "#a8501f", "#6b4a9c", "#5c6670"
 TRAINED, SHOWN, MARKED = BLUE, RUST, "#c0392b"

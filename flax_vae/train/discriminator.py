@@ -19,10 +19,10 @@ from flax_vae.io import port
 from flax_vae.io.checkpoint import open_checkpoint
 from flax_vae.io.files import PathLike
 from flax_vae.io.weights import Arrays, Spec
-from flax_vae.layers.blocks import thread
 from flax_vae.layers.conv import CausalConv3d, Clip, FrameConv
 from flax_vae.layers.norm import CausalGroupNorm
-from flax_vae.ops.window import wide_dtype
+from flax_vae.layers.sequence import run_layers
+from flax_vae.ops.precision import accumulation_dtype
 
 WIDTHS = (64, 128, 256, 512)
 IN_TRAINING = re.compile(r"((?:module\.)*)loss\.discriminator\.")
@@ -36,8 +36,8 @@ class PatchDiscriminator(nnx.Module):
     after all but the first and last.
     """
 
-    def __init__(self, widths: Sequence[int] = WIDTHS, *, rngs: nnx.Rngs):
-        layers: list[nnx.Module] = [FrameConv(3, widths[0], 4, 2, 1, rngs=rngs), LeakyRelu()]
+    def __init__(self, widths: Sequence[int] = WIDTHS, in_channels: int = 3, *, rngs: nnx.Rngs):
+        layers: list[nnx.Module] = [FrameConv(in_channels, widths[0], 4, 2, 1, rngs=rngs), LeakyRelu()]
         for i, pair in enumerate(pairwise(widths), 2):
             stride = 1 if i == len(widths) else 2
             layers += [FrameConv(*pair, 4, stride, 1, rngs=rngs), InstanceNorm(), LeakyRelu()]
@@ -51,13 +51,13 @@ class PatchDiscriminator(nnx.Module):
         FileNotFoundError where there is no such checkpoint, ValueError for a damaged file or for tensors that are not
         exactly those of a discriminator; all of them are listed.
         """
-        with open_checkpoint(path_or_hub_name) as source:
-            shapes = source.shapes()
-            names = [name for name in shapes if IN_TRAINING.match(name)] or list(shapes)
-            keys = {IN_TRAINING.sub(r"\1", name): name for name in names}
-            widths = kernel_widths({key: shapes[name] for key, name in keys.items()})
-            module = nnx.eval_shape(lambda: cls(widths, rngs=nnx.Rngs(0)))
-            port.load(module, Arrays({key: source.read(name) for key, name in keys.items()}))
+        source = open_checkpoint(path_or_hub_name)
+        shapes = source.shapes()
+        names = [name for name in shapes if IN_TRAINING.match(name)] or list(shapes)
+        keys = {IN_TRAINING.sub(r"\1", name): name for name in names}
+        widths = kernel_widths({key: shapes[name] for key, name in keys.items()})
+        module = nnx.eval_shape(lambda: cls(widths, rngs=nnx.Rngs(0)))
+        port.load(module, Arrays({key: source.read(name) for key, name in keys.items()}))
         return module
 
     def __call__(self, x: Clip) -> Clip:
@@ -78,10 +78,10 @@ class CausalPatchDiscriminator(nnx.Module):
     height and width, all of those but the first also time. A norm of each frame after all but the first and last.
     """
 
-    def __init__(self, widths: Sequence[int] = WIDTHS, num_groups: int = 32, *, rngs: nnx.Rngs):
+    def __init__(self, widths: Sequence[int] = WIDTHS, num_groups: int = 32, in_channels: int = 3, *, rngs: nnx.Rngs):
         pairs = list(pairwise(widths))
         strides = [2] * (len(pairs) - 1) + [1]
-        self.conv_in = CausalConv3d(3, widths[0], 3, (1, 2, 2), rngs=rngs)
+        self.conv_in = CausalConv3d(in_channels, widths[0], 3, (1, 2, 2), rngs=rngs)
         self.convs = nnx.List(
             CausalConv3d(*pair, 3, (stride,) * 3, rngs=rngs) for pair, stride in zip(pairs, strides, strict=True)
         )
@@ -95,11 +95,13 @@ class CausalPatchDiscriminator(nnx.Module):
     def chunk(self, x: Clip, carry=None):
         """Judges the next frames of a stream, a multiple of 4 after its first; returns the logits and the carry."""
         norms = [lambda x: x, *self.norms]
-        layers = [partial(judged, conv, norm) for conv, norm in zip([self.conv_in, *self.convs], norms, strict=True)]
-        return thread([*layers, self.conv_out], x, carry)
+        layers = [
+            partial(conv_norm_relu, conv, norm) for conv, norm in zip([self.conv_in, *self.convs], norms, strict=True)
+        ]
+        return run_layers([*layers, self.conv_out], x, carry)
 
 
-def judged(conv: CausalConv3d, norm: Callable[[Clip], Clip], x: Clip, carry=None):
+def conv_norm_relu(conv: CausalConv3d, norm: Callable[[Clip], Clip], x: Clip, carry=None):
     """Convolves, normalises and activates; returns the result and the carry."""
     y, carry = conv(x, carry)
     return leaky_relu(norm(y)), carry
@@ -118,7 +120,7 @@ class InstanceNorm(nnx.Module):
 
     def __call__(self, x: Clip) -> Array:
         """Keeps the shape (B, T, H, W, C)."""
-        wide = x.astype(wide_dtype(x))
+        wide = x.astype(accumulation_dtype(x))
         centred = wide - wide.mean(axis=(2, 3), keepdims=True)
         variance = jnp.square(centred).mean(axis=(2, 3), keepdims=True)
         return (centred * jax.lax.rsqrt(variance + 1e-5)).astype(x.dtype)

@@ -17,28 +17,29 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from flax_vae.families import registry
 from flax_vae.io.checkpoint import open_checkpoint
-from flax_vae.io.files import PathLike, locked, replacing
+from flax_vae.io.files import PathLike, locked, read_json, replacing
 from flax_vae.io.manifest import as_json, read_entries
 from flax_vae.io.pixels import to_float
-from flax_vae.layers.conv import INITIAL_SPREAD
+from flax_vae.layers.conv import INIT_STD
+from flax_vae.layers.sequence import Execution
 from flax_vae.metrics.lpips import LPIPS
 from flax_vae.models.config import VAEConfig
-from flax_vae.models.vae import CausalVideoVAE
-from flax_vae.runtime.cluster import check_same, gathered, process, share_of
-from flax_vae.runtime.parallel import everywhere
+from flax_vae.models.vae import VideoVAE
+from flax_vae.runtime.cluster import allgather, check_same, process, share_of
+from flax_vae.runtime.parallel import replicate
 from flax_vae.train.averaged import MODEL
 from flax_vae.train.checkpoints import CHECKPOINTS, UNKNOWN, Checkpoints
-from flax_vae.train.config import TrainConfig, check
+from flax_vae.train.config import TrainConfig, check, upgraded
 from flax_vae.train.data import batches, readers, rows_of
 from flax_vae.train.discriminator import PatchDiscriminator
+from flax_vae.train.history import keep_picture
 from flax_vae.train.log import MetricsLog
-from flax_vae.train.report import keep_picture
 from flax_vae.train.step import Trainer
 
 SKIPPED = 5  # steps in a row that are not finite, after which the run goes back to its last checkpoint
@@ -83,7 +84,7 @@ class Run:
         self.share = share_of(mesh)
         self.is_first = process()[0] == 0
         self.broken = self.out / (BROKEN if self.is_first else BROKEN.replace(".", f"-{process()[0]}."))
-        check(config)
+        check(config, model_config(config))
         if self.out.absolute().is_relative_to(self.source.absolute()):
             raise ValueError(f"{out}: lies in the data; train into another folder")
         self.entries = read_entries(source)
@@ -108,8 +109,9 @@ class Run:
         self._look_at_data()
         lpips = LPIPS.from_pretrained() if self.config.loss.lpips else None
         vae = first_model(self.config)
-        judge = PatchDiscriminator.from_pretrained(self.config.gan.init) if self.config.gan.init else None
-        self.trainer = Trainer(self.config, vae, lpips, judge, mesh=self.mesh, fsdp=self.fsdp)
+        given = self.config.gan.init
+        discriminator = PatchDiscriminator.from_pretrained(given) if given else None
+        self.trainer = Trainer(self.config, vae, lpips, discriminator, mesh=self.mesh, fsdp=self.fsdp)
         if self.is_first:
             keep_json(self.out / CONFIG, self.settings)
             keep_json(self.out / MODEL, vae.config.to_dict())
@@ -185,14 +187,14 @@ class Run:
 
     def draw(self) -> float:
         """Draws input, reconstruction and difference of the clips that are shown, by the averaged weights; gives dB."""
-        average = self.state.average if self.mesh is None else everywhere(self.state.average, self.mesh)
-        quality = self._drawn(jax.tree.map(lambda leaf: leaf.addressable_data(0), average)) if self.is_first else 0.0
-        return gathered(quality)[0]
+        ema = self.state.ema if self.mesh is None else replicate(self.state.ema, self.mesh)
+        quality = self._drawn(jax.tree.map(lambda leaf: leaf.addressable_data(0), ema)) if self.is_first else 0.0
+        return allgather(quality)[0]
 
-    def _drawn(self, average: Any) -> float:
-        vae = self.trainer.vae(average)
-        again = [np.asarray(reconstruct(vae, to_float(clip[None]))) for clip in self.shown]
-        return keep_picture(self.out, self.step, to_float(self.shown), np.concatenate(again))
+    def _drawn(self, ema: Any) -> float:
+        vae = self.trainer.vae(ema)
+        output = [np.asarray(reconstruct(vae, to_float(clip[None]))) for clip in self.shown]
+        return keep_picture(self.out, self.step, to_float(self.shown), np.concatenate(output))
 
     def _look_at_data(self) -> None:
         """Draws the clips to show, which fails where none can be read, and takes the time of it."""
@@ -216,7 +218,7 @@ def check_config(path: Path, settings: dict[str, Any]) -> None:
     """Raises ValueError where the file holds another config than this one."""
     if not path.exists():
         return
-    before, now = (flat(values) for values in (json.loads(path.read_text(encoding="utf-8")), as_json(settings)))
+    before, now = (flat(values) for values in (upgraded(read_json(path)), as_json(settings)))
     if changed := [name for name in before | now if before.get(name) != now.get(name)]:
         listed = "; ".join(f"{name} was {before.get(name)}, now {now.get(name)}" for name in changed)
         raise ValueError(f"{path.parent}: holds a run of another config ({listed}): go on as begun, or write elsewhere")
@@ -230,27 +232,33 @@ def keep_json(path: Path, values: dict[str, Any]) -> None:
 
 
 @nnx.jit
-def reconstruct(vae: CausalVideoVAE, clip: Any) -> jax.Array:
+def reconstruct(vae: VideoVAE, clip: Any) -> jax.Array:
     """Encodes a clip (B, T, H, W, 3) and decodes the means; compiled once for a model and a shape."""
     return vae.decode(vae.encode(clip).mode())
 
 
-def first_model(config: TrainConfig) -> CausalVideoVAE:
-    """Gives the model that a run starts from."""
-    how = {"remat": config.remat, "frame_by_frame": config.frame_by_frame}
+def model_config(config: TrainConfig) -> VAEConfig:
+    """Returns the config of the model that a run trains."""
+    return registry.preset(config.model) if config.init is None else registry.read_config(open_checkpoint(config.init))
+
+
+def first_model(config: TrainConfig) -> VideoVAE:
+    """Returns the model that a run starts from."""
+    model = model_config(config)
     if config.init is None:
-        settings: VAEConfig = getattr(VAEConfig, config.model)()
-        return respread(CausalVideoVAE(replace(settings, **how), rngs=nnx.Rngs(config.seed)), config.spread)
-    with open_checkpoint(config.init) as source:
-        settings = VAEConfig.from_dict(source.config())
-    return CausalVideoVAE.from_pretrained(config.init, jnp.float32, replace(settings, **how))
+        make: Any = registry.family_of(model)
+        vae = with_init_std(make(model, rngs=nnx.Rngs(config.seed)), config.init_std)
+    else:
+        vae = registry.from_pretrained(config.init, config=model)
+    vae.execution = Execution(config.remat, config.frame_by_frame)
+    return vae
 
 
-def respread(model: CausalVideoVAE, spread: float | None) -> CausalVideoVAE:
-    """Gives random kernels this standard deviation, or, with None, 1/sqrt(inputs of an output)."""
+def with_init_std(model: VideoVAE, init_std: float | None) -> VideoVAE:
+    """Scales random kernels to this standard deviation, or, with None, to 1/sqrt(inputs of an output)."""
     for kernel in jax.tree.leaves(nnx.state(model, nnx.Param), is_leaf=lambda x: isinstance(x, nnx.Param)):
         if kernel.ndim > 1:
-            kernel[...] *= (spread or math.prod(kernel.shape[:-1]) ** -0.5) / INITIAL_SPREAD
+            kernel[...] *= (init_std or math.prod(kernel.shape[:-1]) ** -0.5) / INIT_STD
     return model
 
 

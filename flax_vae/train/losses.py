@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from flax_vae.layers.conv import Clip
-from flax_vae.ops.window import wide_dtype
+from flax_vae.ops.precision import accumulation_dtype, mean
 
 Scalar = Float[Array, ""]
 
@@ -50,7 +50,9 @@ def adaptive_weight(reconstruction_gradient: Array, gan_gradient: Array) -> Scal
 
     |a| / (|b| + 1e-4), at most 1e4 (Esser, Rombach & Ommer 2021). No gradient goes through it.
     """
-    lengths = [jnp.linalg.norm(x.astype(wide_dtype(x)).ravel()) for x in (reconstruction_gradient, gan_gradient)]
+    lengths = [
+        jnp.linalg.norm(x.astype(accumulation_dtype(x)).ravel()) for x in (reconstruction_gradient, gan_gradient)
+    ]
     return jax.lax.stop_gradient(jnp.clip(lengths[0] / (lengths[1] + 1e-4), 0.0, 1e4))
 
 
@@ -61,7 +63,7 @@ def r1(discriminator: Callable[[Any], Any], clips: Any) -> Scalar:
     """
 
     def total(clips: Any) -> Scalar:
-        return added([jnp.sum(part, dtype=wide_dtype(part)) for part in jax.tree.leaves(discriminator(clips))])
+        return added([jnp.sum(part, dtype=accumulation_dtype(part)) for part in jax.tree.leaves(discriminator(clips))])
 
     parts = jax.tree.leaves(jax.grad(total)(clips))
     return 0.5 * added([math.prod(part.shape[1:]) * mean(jnp.square(part)) for part in parts])
@@ -84,14 +86,3 @@ def lecam(real: Array, fake: Array, usual_real: Array, usual_fake: Array) -> Sca
     E relu(real - usual_fake)^2 + E relu(usual_real - fake)^2.
     """
     return mean(jnp.square(jax.nn.relu(real - usual_fake))) + mean(jnp.square(jax.nn.relu(usual_real - fake)))
-
-
-def mean(values: Array, axes: int | None = None) -> Array:
-    """Averages over the last `axes`, or all, in float32 or better.
-
-    One axis after the other: sums of sums round less than one long sum.
-    """
-    values = values.astype(wide_dtype(values))
-    for _ in range(values.ndim if axes is None else axes):
-        values = values.mean(axis=-1)
-    return values

@@ -103,6 +103,6 @@ def updates(state: Any) -> Any:
     return state[-1].count
 
 
-def moved_average(average: Any, parameters: Any, decay: Array) -> Any:
-    """Gives the moving average after one more step: decay * average + (1 - decay) * parameters."""
-    return jax.tree.map(lambda a, p: a + (1 - decay).astype(a.dtype) * (p - a), average, parameters)
+def move_ema(ema: Any, parameters: Any, decay: Array) -> Any:
+    """Returns the exponential moving average after one more step: decay * ema + (1 - decay) * parameters."""
+    return jax.tree.map(lambda a, p: a + (1 - decay).astype(a.dtype) * (p - a), ema, parameters)

@@ -1,125 +1,143 @@
-"""What people see of a training run: pictures of a few clips while it goes on, and a report of the whole.
-
-A picture is pictures/{step}.png; what the report shows of it is pictures/frames/{step}.png and .json.
-"""
+"""The report of a training run: numbers, the reconstruction through training, curves. Sizes are in inches."""
 
 from __future__ import annotations
 
-import json
-import math
-from array import array
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from einops import rearrange
 
-from flax_vae.io.files import replacing
-from flax_vae.io.manifest import whole_lines
-from flax_vae.io.picture import contact_sheet, psnr
-from flax_vae.io.pixels import to_uint8
-from flax_vae.io.video_reader import read_clip
-from flax_vae.io.video_writer import write_image
-from flax_vae.train.log import METRICS
-from flax_vae.train.report_picture import draw
+from flax_vae.io.page import FAINT, INK, TIMES, Page
+from flax_vae.train.curves import MARKED, SHOWN, TRAINED, Panel, draw_panel, panels_with_data, smoothed
+from flax_vae.train.history import History, Kept, read_history
 
-SHEET = 6  # frames of a contact sheet
-PICTURES, FRAMES = "pictures", "pictures/frames"
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What was kept at a step: the PSNR of all shown frames in dB, how many clips, and the file with their frames."""
-
-    step: int
-    psnr: float
-    clips: int
-    path: Path
-
-    def read(self) -> tuple[np.ndarray, np.ndarray]:
-        """Reads a frame of every clip, and its reconstruction, as uint8 (clips, H, W, 3) each."""
-        before, after = rearrange(
-            read_clip(self.path)[0], "(two h) (clips w) c -> two clips h w c", two=2, clips=self.clips
-        )
-        return before, after
-
-
-@dataclass(frozen=True)
-class History:
-    """All that a run's folder tells: its config, its metrics as columns with NaN where there is none, its pictures."""
-
-    name: str
-    config: dict[str, Any]
-    metrics: dict[str, np.ndarray]
-    kept: list[Kept]
-
-    @property
-    def steps(self) -> np.ndarray:
-        """Gives the numbers of the steps: how many there had been before each."""
-        return self.metrics.get("step", np.zeros(0))
-
-    @property
-    def skipped(self) -> np.ndarray:
-        """Gives the numbers of the steps that were skipped, as something in them was not finite."""
-        return self.steps[self.metrics.get("skipped", np.zeros(len(self.steps))) > 0]
-
-
-def keep_picture(folder: Path, step: int, shown: np.ndarray, again: np.ndarray) -> float:
-    """Draws clips beside their reconstructions, and keeps a frame of each for the report; gives the PSNR in dB.
-
-    Both are floats in [-1, 1], (clips, T, H, W, 3); `folder` is the run's. The files of a step done twice are
-    replaced. Raises ValueError for NaN, as of damaged weights.
-    """
-    (folder / FRAMES).mkdir(parents=True, exist_ok=True)
-    before, after = to_uint8(shown), to_uint8(again)
-    quality = psnr(np.asarray(shown, np.float32), np.clip(np.asarray(again, np.float32), -1, 1))
-    clips, frames = before.shape[:2]
-    places = np.linspace(0, frames - 1, min(frames, max(SHEET // clips, 1))).round().astype(int)
-    pair = [x[:SHEET, places].reshape(-1, *x.shape[2:]) for x in (before, after)]
-    heading = f"step {step:,}" + f", {clips} clips" * (clips > 1)
-    numbers = [int(place) for place in places] * min(clips, SHEET)
-    contact_sheet(folder / PICTURES / f"{step:08d}.png", pair[0], pair[1], heading, numbers, quality)
-    middle = rearrange([before[:, frames // 2], after[:, frames // 2]], "two clips h w c -> (two h) (clips w) c")
-    path = folder / FRAMES / f"{step:08d}.png"
-    write_image(path, middle)
-    with replacing(path.with_suffix(".json")) as part:  # last: where it is, the others are
-        part.write_text(json.dumps({"step": step, "psnr": quality, "clips": clips}) + "\n", encoding="utf-8")
-    return quality
+WIDTH, MARGIN = 13.0, 0.45
+HEADING, PLOT, SPACE = 1.45, 1.7, 0.75  # heights: of title and numbers, of a curve, of what is around it
+TITLE, NAMES, GAP, TALLEST = 0.3, 0.75, 0.06, 2.2  # of pictures: heights above and below, between, of one at most
+MOMENTS, ROWS, COLUMNS = 6, 3, 4  # steps and clips that are shown at most; panels side by side
 
 
 def write_report(folder: Path) -> Path:
-    """Draws the curves and pictures of the run in `folder`, finished or not, into its report.png; gives that path."""
+    """Draws the curves and pictures of the run in `folder`, finished or not, into its report.png; returns that path."""
     path = folder / "report.png"
     draw(path, read_history(folder))
     return path
 
 
-def read_history(folder: Path) -> History:
-    """Reads what a run has left in its folder, which may still be written; what is missing is left out."""
-    config = folder / "config.json"
-    metrics = read_columns(folder / METRICS)
-    if "mse" in metrics:
-        with np.errstate(divide="ignore"):
-            metrics["psnr"] = 10 * np.log10(4 / metrics["mse"])
-    return History(
-        name=folder.absolute().name,
-        config=json.loads(config.read_text(encoding="utf-8")) if config.exists() else {},
-        metrics=metrics,
-        kept=[
-            Kept(**json.loads(path.read_text(encoding="utf-8")), path=path.with_suffix(".png"))
-            for path in sorted((folder / FRAMES).glob("*.json"))
-        ],
-    )
+def draw(path: Path, history: History) -> None:
+    """Writes the report of a run, a PNG."""
+    strip, rows = Strip(history.kept), in_rows(panels_with_data(history))
+    top = MARGIN + HEADING + strip.height
+    page = Page(WIDTH, top + len(rows) * (PLOT + SPACE))
+    draw_heading(page, history)
+    strip.draw(page, MARGIN + HEADING)
+    pitch = (WIDTH - 2 * MARGIN + 0.2) / COLUMNS
+    for row in rows:
+        left = MARGIN
+        for panel in row:
+            width = panel.cells * pitch
+            draw_panel(page.plot(left + 0.42, top, width - 0.62, PLOT, panel.title), panel, history)
+            left += width
+        top += PLOT + SPACE
+    page.save(path)
 
 
-def read_columns(path: Path) -> dict[str, np.ndarray]:
-    """Reads JSON lines of numbers as a column a name, NaN where a line has none; not one that was cut off."""
-    columns: dict[str, array] = {}
-    count = 0
-    for count, line in enumerate(whole_lines(path), 1):
-        for name, value in json.loads(line).items():
-            column = columns.setdefault(name, array("d"))
-            column.extend([math.nan] * (count - 1 - len(column)))
-            column.append(math.nan if value is None else value)
-    return {name: np.array([*column, *[math.nan] * (count - len(column))]) for name, column in columns.items()}
+def in_rows(panels: Sequence[Panel]) -> list[list[Panel]]:
+    """Breaks panels into rows as words into lines."""
+    rows: list[list[Panel]] = []
+    for panel in panels:
+        if not rows or sum(other.cells for other in rows[-1]) + panel.cells > COLUMNS:
+            rows.append([])
+        rows[-1].append(panel)
+    return rows
+
+
+class Strip:
+    """Frames of the shown clips, a row a clip: the input, then its reconstruction after ever more steps."""
+
+    def __init__(self, kept: Sequence[Kept]):
+        self.kept, self.height = spread_out(kept, MOMENTS), 0.0
+        if not self.kept:
+            return
+        self.inputs, self.outputs = zip(*(one.read() for one in self.kept), strict=True)
+        high, wide = self.inputs[-1].shape[1:3]
+        room = WIDTH - 2 * MARGIN - GAP * len(self.kept)
+        self.size = min(room / (1 + len(self.kept)) * high / wide, TALLEST), wide / high
+        self.height = TITLE + min(len(self.inputs[-1]), ROWS) * (self.size[0] + GAP) + NAMES
+
+    def draw(self, page: Page, top: float) -> None:
+        """Draws the frames from `top` on, with step and PSNR under each."""
+        if not self.kept:
+            return
+        page.text(MARGIN, top, "reconstruction through training, by the averaged weights", color=FAINT)
+        names = ["input", *(f"step {one.step:,}\n{one.psnr:.2f} dB" for one in self.kept)]
+        high, wide = self.size[0], self.size[0] * self.size[1]
+        for column, (words, pictures) in enumerate(zip(names, (self.inputs[-1], *self.outputs), strict=True)):
+            x, y = MARGIN + column * (wide + GAP), top + TITLE
+            for pixels in pictures[:ROWS]:
+                page.picture(x, y, wide, high, pixels)
+                y += high + GAP
+            page.text(x, y, words, linespacing=1.3)
+
+
+def spread_out(kept: Sequence[Kept], count: int) -> list[Kept]:
+    """Picks steps from the first to the last, the later the wider apart, as pictures change ever less."""
+    if len(kept) <= count:
+        return list(kept)
+    left = list(kept[1:])
+    for step in np.geomspace(kept[1].step, kept[-1].step, count - 1):
+        left.remove(min(left, key=lambda one: abs(np.log(one.step / step))))
+    return [one for one in kept if one not in left]
+
+
+def draw_heading(page: Page, history: History) -> None:
+    """Writes the title and the numbers over all."""
+    page.heading(MARGIN, title(history), "; ".join(settings(history)), numbers(history), 5)
+
+
+def title(history: History) -> str:
+    """Names the model and the data."""
+    config = history.config
+    if "model" not in config:
+        return f"training in {history.name}"
+    start = f" from {Path(config['init']).name}" if config.get("init") else ""
+    source = f", trained on {Path(config['source']).name}" if "source" in config else ""
+    words = f"{config['model']} model{start}{source}"
+    return words if len(words) < 110 else f"{words[:109]}\N{HORIZONTAL ELLIPSIS}"
+
+
+def settings(history: History) -> Iterator[str]:
+    """Yields how far the run is, and what decides it."""
+    config, done = history.config, int(history.steps[-1]) + 1 if len(history.steps) else 0
+    clips, gan = config.get("clips", {}), config.get("gan", {})
+    yield f"{done:,} of {config['steps']:,} steps" if config.get("steps", done) != done else f"{done:,} steps"
+    if {"batch", "frames", "size"} <= clips.keys() and clips.get("images") != 1:
+        yield f"{clips['batch']} clips of {clips['frames']} frames, {clips['size']} {TIMES} {clips['size']}"
+    if clips.get("images") and "image_batch" in clips:
+        yield f"{clips['images']:.0%} of the batches are {clips['image_batch']} images"
+    if gan.get("kind", "none") != "none":
+        yield f"GAN on {gan['kind']} from step {gan.get('start', 0):,}"
+    yield from (f"{name} {config[name]}".removeprefix("precision ") for name in ("precision", "seed") if name in config)
+
+
+def numbers(history: History) -> Iterator[tuple[str, str, str]]:
+    """Yields what is written large: its name, the number, its colour."""
+    there = {name: finite for name, values in history.metrics.items() if (finite := values[np.isfinite(values)]).size}
+    if history.kept:
+        yield "PSNR of the clips below", f"{history.kept[-1].psnr:.2f} dB", SHOWN
+    if "psnr" in there:
+        yield "PSNR of training batches", f"{smoothed(there['psnr'])[1][-1]:.2f} dB", TRAINED
+    if "frames_per_second" in there:
+        yield "frames per second, median", f"{np.median(there['frames_per_second']):,.3g}", INK
+    if "seconds" in there:
+        yield "training", duration(there["seconds"].sum()), INK
+    if len(history.skipped):
+        yield "not finite and skipped, marked red", f"{len(history.skipped):,}", MARKED
+
+
+def duration(seconds: float) -> str:
+    """Gives "3 h 12 min", "12 min" or "12 s"."""
+    minutes = round(seconds / 60)
+    if minutes >= 60:
+        return f"{minutes // 60:,} h {minutes % 60} min"
+    return f"{minutes} min" if minutes else f"{seconds:.0f} s"

@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("tyro", reason="the command line needs tyro")
 pytest.importorskip("rich", reason="the command line needs rich")
 
-from flax_vae.cli.plan_request import Wanted, request_of, with_mesh
-from flax_vae.cli.plan_screen import verdict
+from flax_vae.planning.wanted import Wanted, request_of, with_mesh
+from flax_vae.planning.describe import verdict
 from flax_vae.planning import compile_ahead as ahead
 from flax_vae.planning import search as plan_search
 from flax_vae.planning import worker as planned

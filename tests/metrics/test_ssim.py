@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from flax_vae import to_float
-from flax_vae.metrics.ssim import by_frame, by_position, seam, shortest, ssim
+from flax_vae.metrics.seams import by_frame, by_position, seam, shortest
+from flax_vae.metrics.ssim import ssim
 
 filters = pytest.importorskip("scipy.ndimage", reason="the reference for SSIM needs scipy")
 

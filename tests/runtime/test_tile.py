@@ -18,7 +18,7 @@ from flax import nnx
 
 from flax_vae import CausalVideoVAE, VAEConfig
 from flax_vae.io import trees
-from flax_vae.io.picture import psnr
+from flax_vae.metrics.psnr import psnr
 from flax_vae.runtime import stream
 from flax_vae.runtime.tile import LossyTiles, LossyTiling, TiledModule, in_lossy_tiles, lossy_psnr, tiles_by_shape
 

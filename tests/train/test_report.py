@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flax_vae import to_float, to_uint8
-from flax_vae.io.picture import psnr
+from flax_vae.metrics.psnr import psnr
 from flax_vae.train import curves
 from flax_vae.train.config import PRESETS
 from flax_vae.train.report import History, Kept, keep_picture, read_columns, read_history, write_report

@@ -1,4 +1,4 @@
-"""What `flax-vae plan` is asked for, and the request that it makes of that."""
+"""What `flax-vae plan` is asked for, and the request that comes of it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from flax_vae.train.config import Model, Precision
+from flax_vae.train.config import Precision
 
 if TYPE_CHECKING:
-    from flax_vae.planning.compile_ahead import Request
+    from flax_vae.planning.request import Request
 
 OF_PRESET = "(default: the preset's)"
 
@@ -27,13 +27,13 @@ class Wanted:
     """a step of training, or a batch of clips"""
     preset: Literal["tiny", "stage1", "stage2"] = "stage1"
     """of flax-vae train: all that is not given here, and for training the losses"""
-    model: Annotated[Model | None, arg(help="preset of the model", help_behavior_hint=OF_PRESET)] = None
+    model: Annotated[
+        str | None, arg(metavar="NAME", help="preset of the model, as pyramid-flow", help_behavior_hint=OF_PRESET)
+    ] = None
     batch: Annotated[
         int | None, arg(metavar="N", help="clips, of all devices together", help_behavior_hint=OF_PRESET)
     ] = None
-    frames: Annotated[int | None, arg(metavar="N", help="frames of a clip, 8k + 1", help_behavior_hint=OF_PRESET)] = (
-        None
-    )
+    frames: Annotated[int | None, arg(metavar="N", help="frames of a clip", help_behavior_hint=OF_PRESET)] = None
     size: Annotated[
         str | None, arg(metavar="SIDE|HxW", help="pixels, as 256 or 720x1280", help_behavior_hint=OF_PRESET)
     ] = None
@@ -47,7 +47,11 @@ class Wanted:
     ] = None
     chunk: Annotated[
         int | None,
-        arg(metavar="N", help="frames at a time, a multiple of 8", help_behavior_hint="(default: all at once)"),
+        arg(
+            metavar="N",
+            help="frames at a time, whole latents",
+            help_behavior_hint="(default: all at once)",
+        ),
     ] = None
     remat: bool = True
     """for training: compute activations a second time, in less memory"""
@@ -63,9 +67,10 @@ class Wanted:
 
 def request_of(wanted: Wanted) -> Request:
     """Fills in from the preset what is not given; ValueError for what no program can have."""
-    from flax_vae.jobs.clip import parse_size
+    from flax_vae.families import registry
+    from flax_vae.io.pixels import parse_size
     from flax_vae.planning.chips import parse_topology
-    from flax_vae.planning.compile_ahead import Request
+    from flax_vae.planning.request import Request
     from flax_vae.train.config import PRESETS, check
 
     base, is_training = PRESETS[wanted.preset], wanted.job == "train"
@@ -73,12 +78,13 @@ def request_of(wanted: Wanted) -> Request:
     height, width = sides if isinstance(sides, tuple) else (sides, sides)
     given = {"batch": wanted.batch, "frames": wanted.frames}
     clips = replace(base.clips, **{name: value for name, value in given.items() if value is not None})
+    model = wanted.model or base.model
     for side in (height, width):
-        check(replace(base, chunk=wanted.chunk, clips=replace(clips, size=side)))
+        check(replace(base, chunk=wanted.chunk, clips=replace(clips, size=side)), registry.preset(model))
     return Request(
         topology=parse_topology(wanted.topology).name,
         job=wanted.job,
-        model=wanted.model or base.model,
+        model=model,
         batch=clips.batch,
         frames=clips.frames,
         height=height,
@@ -95,7 +101,7 @@ def request_of(wanted: Wanted) -> Request:
 
 def with_mesh(request: Request, text: str | None) -> Request:
     """Completes a request with its mesh, by default all devices for the clips; ValueError where that cannot be."""
-    from flax_vae.models.config import VAEConfig
+    from flax_vae.families import registry
     from flax_vae.planning.chips import parse_topology
     from flax_vae.runtime.mesh import check_sizes, parse_mesh
 
@@ -103,6 +109,5 @@ def with_mesh(request: Request, text: str | None) -> Request:
     sizes = parse_mesh(text) if text else {"data": count or 1}
     if count is not None and (made := math.prod(sizes.values())) != count:
         raise ValueError(f"--mesh {text} has {made} devices, and {request.topology} has {count}: expected as many")
-    config: VAEConfig = getattr(VAEConfig, request.model)()
-    check_sizes(sizes, config, request.batch, request.frames, request.height, request.width)
+    check_sizes(sizes, registry.preset(request.model), request.batch, request.frames, request.height, request.width)
     return replace(request, mesh=sizes)

@@ -1,7 +1,4 @@
-"""How a reconstruction compares with its input: PSNR as a number, a contact sheet as a picture.
-
-T frames, H W pixels, always RGB.
-"""
+"""A contact sheet: frames of a clip, their reconstruction, and the difference. T frames, H W pixels, always RGB."""
 
 from __future__ import annotations
 
@@ -12,33 +9,14 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from flax_vae.io.files import PathLike, replacing
+from flax_vae.io.files import PathLike
+from flax_vae.io.page import FAINT, TIMES, Page
 from flax_vae.io.pixels import to_uint8
+from flax_vae.metrics.psnr import psnr
 
-TIMES = "\N{MULTIPLICATION SIGN}"
-INK, FAINT = "#1a1a1a", "#767676"
-AREA, SPREAD = 36, 15  # what the pictures take: square inches, and inches of width at most
+AREA, MAX_WIDTH = 36, 15  # what the pictures take: square inches, and inches of width at most
 GAP, MARGIN, LABEL = 0.06, 0.3, 1.2  # inches
-
-
-def psnr(a: ArrayLike, b: ArrayLike) -> float:
-    """Gives the peak signal-to-noise ratio in dB over all values, inf where they are equal.
-
-    10 log10(peak^2 / mean((a - b)^2)); the peak is 255 for uint8 and 2 for floats in [-1, 1], one and the same scale.
-    Raises ValueError unless both have one shape and are both uint8 or both float.
-    """
-    a, b = np.asarray(a), np.asarray(b)
-    if a.shape != b.shape or not a.size or _peak(a) != _peak(b):
-        raise ValueError(f"cannot compare {a.dtype} {a.shape} with {b.dtype} {b.shape}: give one shape and one dtype")
-    pairs = zip(a, b, strict=True) if a.ndim > 3 else [(a, b)]  # by frame, as a long clip in float64 may not fit
-    error = np.mean([np.mean(np.square(np.subtract(x, y, dtype=np.float64))) for x, y in pairs])
-    return float(10 * math.log10(_peak(a) ** 2 / error)) if error else math.inf
-
-
-def pooled_psnr(frames: Sequence[float]) -> float:
-    """Gives the PSNR of a clip in dB from those of its frames: their mean squared errors are averaged."""
-    error = math.fsum(10 ** (-value / 10) for value in frames) / len(frames)
-    return -10 * math.log10(error) if error else math.inf
+DPI = 150
 
 
 def contact_sheet(
@@ -82,53 +60,33 @@ def contact_sheet(
 
 def _draw(path, grid, row_names, column_names, title, subtitle):
     """Places a grid of pictures (rows, columns, H, W, 3) by inches, so that any aspect ratio keeps its margins."""
-    from matplotlib.figure import Figure
-
     rows, columns, height, width, _ = grid.shape
-    cell_width = min(math.sqrt(AREA / (rows * columns) * width / height), SPREAD / columns)
+    cell_width = min(math.sqrt(AREA / (rows * columns) * width / height), MAX_WIDTH / columns)
     cell_height = cell_width * height / width
     across, down = max(cell_width + GAP, 1), max(cell_height + GAP, 0.36)  # steps, with room for the names
     page_width = max(MARGIN + LABEL + columns * across + MARGIN, 6)
     heading = textwrap.wrap(title or "", int(9 * (page_width - 2 * MARGIN)))
     top = MARGIN + 0.24 * len(heading) + 0.3 + 0.22 * (1 + column_names[0].count("\n"))
-    page_height = top + rows * down + MARGIN
-    figure = Figure(figsize=(page_width, page_height), dpi=150, facecolor="white")
-
-    def text(x, y, words, **style):
-        style = {"size": 9, "color": INK, "va": "top", "parse_math": False} | style  # a $ in a file name is a $
-        figure.text(x / page_width, 1 - y / page_height, words, **style)
-
-    text(MARGIN, MARGIN, "\n".join(heading), size=12, weight="bold")
-    text(MARGIN, MARGIN + 0.24 * len(heading), subtitle, color=FAINT)
+    page = Page(page_width, top + rows * down + MARGIN, DPI)
+    page.text(MARGIN, MARGIN, "\n".join(heading), size=12, weight="bold")
+    page.text(MARGIN, MARGIN + 0.24 * len(heading), subtitle, color=FAINT)
     for row in range(rows):
         y = top + row * down
-        text(MARGIN, y + cell_height / 2, row_names[row], va="center")
+        page.text(MARGIN, y + cell_height / 2, row_names[row], va="center")
         for column in range(columns):
             x = MARGIN + LABEL + column * across + (across - cell_width) / 2
             if row == 0:
-                text(x + cell_width / 2, y - 0.06, column_names[column], ha="center", va="bottom")
-            size = cell_width / page_width, cell_height / page_height
-            axes = figure.add_axes((x / page_width, 1 - y / page_height - size[1], *size))
-            axes.imshow(grid[row, column], aspect="auto")
-            axes.set_axis_off()
-    with replacing(path) as part:
-        figure.savefig(part, format="png")
+                page.text(x + cell_width / 2, y - 0.06, column_names[column], ha="center", va="bottom")
+            page.picture(x, y, cell_width, cell_height, grid[row, column])
+    page.save(path)
 
 
 def amplified(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[list[np.ndarray], int]:
-    """Gives the absolute differences of pairs of uint8 pictures, times one factor with which they are seen; and it."""
+    """Returns the absolute differences of pairs of uint8 pictures, times one factor that makes them visible; and it."""
     differences = [np.abs(a.astype(np.int16) - b) for a, b in pairs]
     highest = np.quantile(np.concatenate([difference.ravel() for difference in differences]), 0.995)
     factor = next((factor for factor in (32, 16, 8, 4, 2) if factor * highest <= 255), 1)
     return [np.minimum(difference * factor, 255).astype(np.uint8) for difference in differences], factor
-
-
-def _peak(values):
-    if values.dtype == np.uint8:
-        return 255
-    if values.dtype.kind in "fV":  # V: bfloat16
-        return 2
-    raise ValueError(f"values are {values.dtype}, expected uint8 or floats in [-1, 1]")
 
 
 def _decibels(value):

@@ -1,4 +1,4 @@
-"""Measures how good a model's reconstructions of clips are, a chunk at a time: T frames, H W pixels."""
+"""Measures reconstructions of clips, a chunk at a time: T frames, H W pixels."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from flax_vae.io.picture import psnr
 from flax_vae.io.pixels import to_float, to_uint8
 from flax_vae.io.video_reader import UNREADABLE
 from flax_vae.jobs.clip import Clip
-from flax_vae.jobs.evaluation import ClipQuality, Evaluation, Sample, listed
-from flax_vae.jobs.instruments import Instruments
+from flax_vae.jobs.evaluation.instruments import Instruments
+from flax_vae.jobs.evaluation.scores import ClipQuality, Evaluation, Sample, listed
 from flax_vae.jobs.pieces import Chunk, streamed
 from flax_vae.jobs.screen import Meter
 from flax_vae.metrics.fvd import FRAMES, resized
-from flax_vae.runtime.cluster import gathered, process
+from flax_vae.metrics.psnr import psnr
+from flax_vae.runtime.cluster import allgather, process
 from flax_vae.runtime.stream import Compiled
 
 T = TypeVar("T")
@@ -52,14 +52,14 @@ class Share:
         return Share(self.done | other.done, self.failed | other.failed, self.samples | other.samples, worst)
 
 
-def evaluate(
+def measure_all(
     clips: Sequence[Clip], failed: Sequence[tuple[Path, str]], instruments: Instruments, meter: Meter
 ) -> Evaluation:
     """Measures clips, in a cluster every process its share, after which all have the same evaluation.
 
     `failed` are left out already. Raises ValueError where all turn out to be damaged.
     """
-    found = reduce(or_, gathered(measured(clips, instruments, meter)))
+    found = reduce(or_, allgather(measured(clips, instruments, meter)))
     done, broken, shown = (in_order(part) for part in (found.done, found.failed, found.samples))
     failed = [*failed, *broken]
     if not done:
@@ -67,7 +67,7 @@ def evaluate(
     samples = [sample for some in shown for sample in some]
     names = {(sample.path, sample.number) for sample in samples}
     samples += [sample for *_, sample in found.worst if (sample.path, sample.number) not in names]
-    chunk, factor = instruments.latents * clips[0].factor, clips[0].factor
+    chunk, factor = clips[0].config.chunk_frames(instruments.latents), clips[0].config.temporal_factor
     return Evaluation(done, failed, samples, chunk, factor, instruments.features is not None)
 
 

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from flax_vae.cli.reconstruct import reconstruct_chunk
 from flax_vae.jobs.budget import fitting, needed
 from flax_vae.jobs.clip import Clip
 from flax_vae.jobs.model import Model
+from flax_vae.jobs.reconstruct import reconstruct_chunk
 from flax_vae.jobs.screen import note
 from flax_vae.metrics.fvd import FRAMES, I3D, SIZE
 from flax_vae.metrics.lpips import LPIPS

@@ -1,31 +1,18 @@
-"""How `flax-vae plan` shows a report: as JSON, as a table, and in a sentence."""
+"""What a report of a compiled program says, in words: rows of a table, and sentences."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from flax_vae.jobs.screen import table
-
 if TYPE_CHECKING:
-    from flax_vae.planning.compile_ahead import Report, Request
+    from flax_vae.planning.request import Report, Request
 
 
 def report_json(report: Report) -> dict[str, Any]:
     """Gives all of a report, with the longest of its times."""
     return asdict(report) | {"at_least_seconds": report.longest if report.seconds else None}
-
-
-def print_json(values: Any) -> None:
-    print(json.dumps(values))
-
-
-def show(report: Report) -> None:
-    """Prints a report as a table, and says in a sentence whether the program fits."""
-    table(title(report.request), list(rows(report)))
-    print(verdict(report))
 
 
 def title(request: Request) -> str:
@@ -37,9 +24,9 @@ def title(request: Request) -> str:
 
 def settings(request: Request) -> str:
     """Says in a line what a search chooses between."""
-    from flax_vae.runtime.mesh import named
+    from flax_vae.runtime.mesh import mesh_name
 
-    chosen = [named(request.mesh)]
+    chosen = [mesh_name(request.mesh)]
     chosen += ["remat"] * request.remat + ["fsdp"] * request.fsdp + ["frame by frame"] * request.frame_by_frame
     return ", ".join([*chosen, *([f"chunks of {request.chunk}"] if request.chunk else [])])
 
@@ -93,3 +80,8 @@ def duration(seconds: float) -> str:
         return f"{seconds / 60:.3g} min"
     unit, factor = next(((u, f) for u, f in (("s", 1), ("ms", 1e3)) if seconds * f >= 1), ("us", 1e6))
     return f"{seconds * factor:.3g} {unit}"
+
+
+def bound_words(report: Report) -> str:
+    """Writes the bound of a report and what bounds it."""
+    return f"{duration(report.longest)} ({report.bound})" if report.seconds else ""

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flax_vae.cli.encode import encode_clip
 from flax_vae.io.video_reader import UNREADABLE
 from flax_vae.jobs.budget import batch_clips, chunk_latents
-from flax_vae.jobs.clip import Clip
-from flax_vae.jobs.model import Model
-from flax_vae.jobs.pieces import PIECE, Chunk
-from flax_vae.jobs.screen import Meter, progress
+from flax_vae.jobs.clip import Clip, open_clip
+from flax_vae.jobs.encode import encode_clip
+from flax_vae.jobs.model import Model, check_stream, load, read_config
+from flax_vae.jobs.options import Options
+from flax_vae.jobs.pieces import PIECE_LATENTS, Chunk
+from flax_vae.jobs.screen import Meter, note, progress, table
 
 if TYPE_CHECKING:
     from flax_vae.io.latents import About
@@ -25,15 +28,46 @@ if TYPE_CHECKING:
     from flax_vae.models.statistics import LatentStatistics
 
 LATENTS = "latents"
+MANIFEST, FAILED, STATISTICS = "manifest.jsonl", "failed.jsonl", "statistics.json"
+
+
+def extract(source: Path, out: Path, weights: str, options: Options, part: tuple[int, int] = (1, 1)) -> None:
+    """Encodes the K-th of every N clips of a folder or manifest; of the last part to end, finishes `out`."""
+    from flax_vae.io.files import scratch
+    from flax_vae.io.manifest import Log, read_entries
+
+    number, parts = part
+    config, entries = read_config(weights), read_entries(source)
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{out}: there is no folder {out.absolute().parent}; create it first")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: is a file; give a folder to write")
+    logs = check_parts(out, parts)
+    check_stream(options.mesh, config, ())
+
+    def open_entry(path: Path) -> Clip:
+        clip = open_clip(path, config, options.size, options.frames)
+        check_stream(options.mesh, config, [(clip.height, clip.width)])
+        return clip
+
+    model = load(weights, options)
+    settings = {"size": options.size, "frames": options.frames, **model.identity}
+    check_settings(logs, settings)
+    (out / LATENTS).mkdir(parents=True, exist_ok=True)
+    own = logs[number - 1]
+    with Log(own, settings) as log, scratch(own.with_name(f".{own.stem}")) as folder:
+        mine = [entry for i, entry in enumerate(entries) if i % parts == number - 1]
+        Extraction(out, model, options, log, folder).run(mine, open_entry)
+        finish(source, out, entries, logs, folder)
 
 
 class Extraction:
     """Encodes clips to files in OUT/latents, and logs what has become of each."""
 
-    def __init__(self, out: Path, model: Model, budget: int | None, log: Log, scratch: Path):
+    def __init__(self, out: Path, model: Model, options: Options, log: Log, scratch: Path):
         from flax_vae.runtime.stream import compiled
 
-        self.out, self.model, self.budget, self.log, self.scratch = out, model, budget, log, scratch
+        self.out, self.model, self.options, self.log, self.scratch = out, model, options, log, scratch
         self.step = compiled(model.vae.encode_chunk, model.mesh)
         self._batches: dict[tuple[int, ...], tuple[int, int]] = {}
 
@@ -52,7 +86,7 @@ class Extraction:
                 except UNREADABLE as error:
                     self.fail(entry, error)
                     continue
-                if clip.expected_latents is None or clip.expected_latents > PIECE + 1:
+                if clip.expected_latents is None or clip.expected_latents > PIECE_LATENTS + 1:
                     self.encode_long(entry, clip)
                     continue
                 shape = (clip.height, clip.width, clip.expected_latents)
@@ -70,9 +104,9 @@ class Extraction:
     def batch(self, shape: tuple[int, ...], clip: Clip, left: int) -> tuple[int, int]:
         """Gives latents of a chunk and clips of a batch, for clips of one shape."""
         if shape not in self._batches:
-            latents = chunk_latents(self.step, clip.shape, clip.expected_latents, self.budget)
+            latents = chunk_latents(self.step, clip.shape, clip.expected_latents, self.options.budget)
             later = latents if clip.expected_latents != 1 else None
-            self._batches[shape] = latents, batch_clips(self.step, clip.shape, later, left, self.budget)
+            self._batches[shape] = latents, batch_clips(self.step, clip.shape, later, left, self.options.budget)
         return self._batches[shape]
 
     def encode_together(self, rows: list[Row]) -> None:
@@ -108,7 +142,7 @@ class Extraction:
 
         target = self.target(entry, "")
         try:
-            encode_clip(clip, target, self.model, None, self.budget, True, Meter())
+            encode_clip(clip, target, self.model, replace(self.options, resume=True), Meter())
         except ValueError as error:
             shutil.rmtree(folder_of(target), ignore_errors=True)
             self.fail(entry, error)
@@ -176,3 +210,68 @@ class Row:
         if (chunk := self._waiting.popleft()) is not None:
             self.parts.append((mean[:, : chunk.latents], logvar[:, : chunk.latents]))
             self.frames += chunk.frames
+
+
+def check_parts(out: Path, parts: int) -> list[Path]:
+    """Returns the log of each part; ValueError where OUT was begun with another number of parts."""
+    logs = [out / f"log-{k:05d}-of-{parts:05d}.jsonl" for k in range(1, parts + 1)]
+    if others := sorted(path.name for path in set(out.glob("log-*.jsonl")) - set(logs)):
+        raise ValueError(f"{out}: was begun with another number of parts ({others[0]}); write elsewhere, or as begun")
+    return logs
+
+
+def check_settings(logs: Sequence[Path], settings: Mapping[str, object]) -> None:
+    """Raises ValueError where another part was begun otherwise; only the machine may be another."""
+    from flax_vae.io.manifest import as_json, read_settings
+
+    for log in logs:
+        before = read_settings(log)
+        if before and {**before, "device": None} != as_json({**settings, "device": None}):
+            raise ValueError(f"{log}: was begun otherwise, with {json.dumps(before)}; write elsewhere, or as begun")
+
+
+def finish(source: Path, out: Path, entries: Sequence[Entry], logs: Sequence[Path], folder: Path) -> None:
+    """Writes the manifest, the list of failures and the statistics, once every clip is done or has failed."""
+    from flax_vae.io.manifest import read_log, write_lines
+    from flax_vae.models.statistics import LatentStatistics
+
+    kinds = {str(entry.path): entry.kind for entry in entries}
+    latents: dict[str, str] = {}
+    errors: dict[str, str] = {}
+    total = None
+    for line in (line for log in logs for line in read_log(log)):
+        path = line["path"]
+        if "error" in line:
+            errors[path] = line["error"]
+        elif path in kinds and path not in latents:  # another part may have done it before the list of clips changed
+            latents[path] = line["latents"]
+            part = LatentStatistics.from_dict(line["statistics"])
+            total = part if total is None else total + part
+    if missing := kinds.keys() - latents.keys() - errors.keys():
+        note(f"{len(missing)} of {len(kinds)} clips are other parts' to do; the last to end writes {out / STATISTICS}")
+        return
+    failed = [path for path in kinds if path not in latents]
+    write_lines(folder / MANIFEST, ({kinds[path]: path, "latents": latents[path]} for path in kinds if path in latents))
+    write_lines(folder / FAILED, ({kinds[path]: path, "error": errors[path]} for path in failed))
+    rows = [("clips encoded", len(kinds) - len(failed)), ("clips that cannot be read", len(failed))]
+    if total is not None:
+        write_statistics(folder / STATISTICS, total)
+        rows += [("first latent frames: mean, std over all channels", total.first.overall())]
+        rows += [("later latent frames: mean, std over all channels", total.rest.overall())]
+    for path in sorted(folder.iterdir()):
+        os.replace(path, out / path.name)
+    table(f"{source} to {out}", rows)
+    for path in failed[:9]:
+        note(f"left out: {errors[path]}")
+    if len(failed) > 9:
+        note(f"and {len(failed) - 9} more, in {out / FAILED}")
+
+
+def write_statistics(path: Path, total: LatentStatistics) -> None:
+    """Writes the mean and standard deviation of every channel, and the scaling that they make."""
+    try:
+        scaling = total.scaling().to_dict()
+    except ValueError as error:
+        note(str(error))
+        scaling = None
+    path.write_text(json.dumps({**total.summary(), "scaling": scaling}, indent=2) + "\n", encoding="utf-8")

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flax_vae.io.page import GRID, Page
-from flax_vae.io.picture import FAINT, INK, TIMES, amplified
-from flax_vae.jobs.evaluation import Evaluation, Sample
-from flax_vae.metrics.ssim import by_frame, by_position
+from flax_vae.io.page import FAINT, GRID, INK, TIMES, Page
+from flax_vae.jobs.evaluation.scores import Evaluation, Sample
+from flax_vae.metrics.contact_sheet import amplified
+from flax_vae.metrics.seams import by_frame, by_position
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,7 +10,7 @@ import numpy as np
 
 from flax_vae.jobs.clip import Clip
 from flax_vae.metrics.fvd import frechet_distance
-from flax_vae.metrics.ssim import Seam, seam
+from flax_vae.metrics.seams import Seam, seam
 
 NAMES = ("psnr", "ssim", "lpips")
 

@@ -1,0 +1,158 @@
+"""Every family by the `_class_name` of its config.json; from here a checkpoint finds its model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import DTypeLike
+
+from flax_vae.families.pyramid import CausalVideoVAE
+from flax_vae.io import port
+from flax_vae.io.checkpoint import CONFIG_FILE, Checkpoint, open_checkpoint
+from flax_vae.io.files import read_json
+from flax_vae.models.config import VAEConfig
+from flax_vae.models.latents import LatentScaling
+from flax_vae.models.vae import VideoVAE
+
+FAMILIES: dict[str, type[VideoVAE]] = {family.__name__: family for family in (CausalVideoVAE,)}
+
+
+def from_pretrained(
+    path_or_hub_name: str | PathLike,
+    subfolder: str | None = None,
+    dtype: DTypeLike = jnp.float32,
+    config: VAEConfig | None = None,
+) -> VideoVAE:
+    """Loads a checkpoint of any family in a public torch layout, ready for inference (dropout off).
+
+    The family is the one that `_class_name` in config.json names, or that the weights' names and shapes show.
+
+    Args:
+      path_or_hub_name: a directory with config.json and weights, a weights file, a hub name "owner/name[/folder]", or
+        "default", the small model in this package. Weights are *.safetensors (also sharded), or .bin, .pt, .pth, which
+        need torch.
+      subfolder: the folder of the checkpoint in there, as "vae" in a pipeline.
+      dtype: what the weights are cast to: float32, bfloat16, float16, or float64 where jax has it enabled.
+      config: replaces config.json, for weights that come without one.
+
+    Raises:
+      FileNotFoundError: there is no such checkpoint. ValueError: an unknown family, a damaged or hostile file, an
+      unsupported config, or tensors that are not exactly those of the model; all of them are listed.
+    """
+    source = open_source(path_or_hub_name, subfolder)
+    config = read_config(source) if config is None else config
+    return family_of(config).load(source, config, dtype)
+
+
+def open_source(path_or_hub_name: str | PathLike, subfolder: str | None = None) -> Checkpoint:
+    """Opens a checkpoint; the error of a directory that holds none names its subfolders that do."""
+    try:
+        source = open_checkpoint(path_or_hub_name, subfolder)
+        if source.has_config():
+            class_of(source.config())
+        return source
+    except (FileNotFoundError, ValueError) as error:
+        folder = Path(path_or_hub_name, subfolder or "")
+        if not (found := subfolders(folder)):
+            raise
+        raise type(error)(f"{error}; {folder} has checkpoints in {', '.join(found)}: name one as subfolder") from None
+
+
+def subfolders(folder: Path) -> list[str]:
+    """Lists the subfolders of a directory whose config.json is that of a known family."""
+    found = []
+    for path in sorted(folder.glob(f"*/{CONFIG_FILE}")):
+        try:
+            class_of(read_json(path))
+        except ValueError:
+            continue
+        found.append(path.parent.name)
+    return found
+
+
+def class_of(values: Mapping[str, Any]) -> type[VideoVAE]:
+    """Returns the family that the contents of a config.json name, or, without `_class_name`, whose keys they are.
+
+    Raises ValueError that lists the families there are.
+    """
+    name = values.get("_class_name")
+    if name in FAMILIES:
+        return FAMILIES[name]
+    if name is None:
+        given = {key for key in values if not key.startswith("_")}
+        fitting = [family for family in FAMILIES.values() if given and given <= family.config_class.public_keys()]
+        if len(fitting) == 1:
+            return fitting[0]
+    what = f"_class_name is {name!r}, no family of flax_vae" if name else "the config has no _class_name"
+    raise ValueError(f"{what}: expected one of {', '.join(FAMILIES)}")
+
+
+def family_of(config: VAEConfig) -> type[VideoVAE]:
+    """Returns the class of the models that have a config."""
+    return FAMILIES[config.class_name]
+
+
+def abstract(config: VAEConfig) -> VideoVAE:
+    """Returns a model of a config without values, for shapes and names."""
+    return family_of(config).abstract(config)
+
+
+def config_from_dict(values: Mapping[str, Any]) -> VAEConfig:
+    """Reads the contents of a config.json of any family; ValueError for an unknown family or unsupported values."""
+    return class_of(values).config_class.from_dict(values)
+
+
+def config_from_json(path: str | PathLike) -> VAEConfig:
+    """Reads a config.json of any family; ValueError names the file and what is wrong in it."""
+    values = read_json(Path(path))
+    try:
+        return config_from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def read_config(source: Checkpoint) -> VAEConfig:
+    """Returns the config of an open checkpoint: its config.json, or what the names and shapes of its weights show.
+
+    Raises FileNotFoundError where there is no config.json and the weights are those of no family.
+    """
+    if source.has_config():
+        return config_from_dict(source.config())
+    shapes = source.shapes()
+    plain = {name: shapes[names[0]] for name, names in port.unwrapped(shapes).items()}
+    for family in FAMILIES.values():
+        try:
+            config = family.config_class.from_shapes(plain)
+            port.match(family.abstract(config), shapes)
+            return config
+        except ValueError:
+            continue
+    raise FileNotFoundError(
+        f"no {CONFIG_FILE} beside the weights in {source.directory}, and their names and shapes are not those of "
+        f"{', '.join(FAMILIES)}: add it, or pass a config"
+    )
+
+
+def preset_names() -> list[str]:
+    """Lists the presets of all families."""
+    return [name for family in FAMILIES.values() for name in family.presets]
+
+
+def preset(name: str) -> VAEConfig:
+    """Returns the config of a preset, such as "pyramid-flow-tiny"; ValueError lists those there are."""
+    for family in FAMILIES.values():
+        if name in family.presets:
+            return family.presets[name]()
+    raise ValueError(f"model {name!r}: expected one of {', '.join(preset_names())}")
+
+
+def released_scaling(variant: str) -> LatentScaling:
+    """Returns the latent scaling that was released under a name, such as "flux"; ValueError lists those there are."""
+    scalings = {name: scaling for family in FAMILIES.values() for name, scaling in family.released_scalings.items()}
+    if variant not in scalings:
+        raise ValueError(f"variant must be one of {', '.join(sorted(scalings))}, got {variant!r}")
+    return scalings[variant]

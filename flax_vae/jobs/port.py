@@ -1,0 +1,114 @@
+"""Ports checkpoints of any readable kind to folders in the layout of diffusers, and proves that nothing changed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from flax_vae.jobs import CheckFailed
+from flax_vae.jobs.model import config_of
+from flax_vae.jobs.screen import note
+
+if TYPE_CHECKING:
+    from flax_vae.io.checkpoint import Checkpoint
+    from flax_vae.io.weights import Tensors
+    from flax_vae.models.config import VAEConfig
+
+Row = tuple[str, int, int, int]  # part of the model, tensors, parameters, tensors that are equal
+
+
+def port(
+    src: str, dst: Path, dtype: str = "keep", config: Path | None = None, overwrite: bool = False
+) -> tuple[str, list[Row]]:
+    """Ports a checkpoint, reads it again and compares it; returns the dtype of the weights and a row for each part.
+
+    CheckFailed, with nothing written, where a tensor differs from its source.
+    """
+    from flax_vae.families import registry
+    from flax_vae.io.checkpoint import open_checkpoint
+
+    check_target(dst, src, overwrite)
+    source = registry.open_source(src)
+    settings = config_of(source, config)
+    kind = stored_dtype(source, src) if dtype == "keep" else dtype
+    note(f"reading {src}")
+    with replacing_folder(dst) as part:
+        # no name for the model: it is large, and no longer needed for the comparison
+        registry.from_pretrained(src, dtype=np.dtype(kind), config=settings).save_pretrained(part)
+        note("comparing what was written with its source")
+        return kind, compare(settings, registry.open_source(src), open_checkpoint(part))
+
+
+def stored_dtype(source: Checkpoint, name: str) -> str:
+    """Returns the one dtype of all tensors; ValueError where they have several."""
+    kinds = sorted({dtype for _, dtype in source.shapes().values()})
+    if len(kinds) > 1 or kinds == ["float64"]:
+        raise ValueError(f"{name} is stored as {' and '.join(kinds)}: choose one precision, as --dtype float32")
+    return kinds[0]
+
+
+def compare(config: VAEConfig, source: Tensors, written: Tensors) -> list[Row]:
+    """Counts, for each part of the model, the tensors that equal their source; CheckFailed where one does not."""
+    from flax_vae.families.registry import abstract
+    from flax_vae.io.port import match
+
+    model = abstract(config)
+    names, targets = match(model, source.shapes()), match(model, written.shapes())
+    tensors, sizes, equal, different = Counter(), Counter(), Counter(), []
+    for key, name in names.items():
+        part, after = key.split(".")[0], written.read(targets[key])
+        before = source.read(name).astype(after.dtype, copy=False).reshape(after.shape)
+        same = np.array_equal(bits(before), bits(after))
+        tensors[part] += 1
+        sizes[part] += after.size
+        equal[part] += same
+        different += [] if same else [key]
+    if different or len(written.shapes()) != len(names):
+        raise CheckFailed(f"nothing is written, as these tensors differ from their source: {', '.join(different)}")
+    rows = [(part, tensors[part], sizes[part], equal[part]) for part in tensors]
+    return [*rows, ("all", tensors.total(), sizes.total(), equal.total())]
+
+
+def bits(values: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+
+
+def check_target(dst: Path, src: str, overwrite: bool) -> None:
+    """Raises unless `dst` can become the new checkpoint's folder without harm to anything else."""
+    from flax_vae.io.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+
+    if dst.exists() and not dst.is_dir():
+        raise ValueError(f"{dst}: is a file; give a folder to write")
+    if not dst.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{dst}: there is no folder {dst.parent}; create it first")
+    if dst.exists() and os.path.exists(src) and os.path.samefile(dst, src):
+        raise ValueError(f"{dst}: is the checkpoint that is read; write to another folder")
+    held = sorted(path.name for path in dst.iterdir()) if dst.exists() else []
+    if others := set(held) - {CONFIG_FILE, WEIGHTS_FILE}:
+        raise ValueError(f"{dst}: holds other files, {', '.join(sorted(others))}; write to another folder")
+    if held and not overwrite:
+        raise ValueError(f"{dst}: holds a checkpoint; give --overwrite to replace it")
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Yields a temporary folder beside `path` that takes its place at a clean exit and is removed at any other."""
+    part = path.absolute().with_name(f".{uuid.uuid4().hex}")
+    old = part.with_name(f"{part.name}.old")
+    part.mkdir()
+    try:
+        yield part
+        if path.exists():
+            os.replace(path, old)
+        os.replace(part, path)
+    finally:
+        for folder in (part, old):
+            shutil.rmtree(folder, ignore_errors=True)
