@@ -54,10 +54,9 @@ def results(clip: Any, text: str | None) -> tuple[list[Any], list[Any], list[Any
     import jax
     from flax import nnx
 
+    from flax_vae.families.pyramid import CausalVideoVAE, narrow
     from flax_vae.metrics.lpips import LPIPS
-    from flax_vae.models.config import narrow
-    from flax_vae.models.vae import CausalVideoVAE
-    from flax_vae.runtime import parallel
+    from flax_vae.runtime import sharded
     from flax_vae.runtime.mesh import make_mesh, parse_mesh
     from flax_vae.train.config import PRESETS, GanConfig, LossConfig, OptimizerConfig
     from flax_vae.train.discriminator import PatchDiscriminator
@@ -76,8 +75,8 @@ def results(clip: Any, text: str | None) -> tuple[list[Any], list[Any], list[Any
     object.__setattr__(config, "precision", "float64")  # a run has no such precision
     model = narrow((4, 8, 8, 8), groups=4, encoder_layers=1, decoder_layers=1)
     vae = wide(CausalVideoVAE(model, rngs=nnx.Rngs(0)))
-    posterior = parallel.encode(vae, clip, mesh)
-    forward = [posterior.mean, posterior.logvar, parallel.decode(vae, posterior.mean, mesh)]
+    posterior = sharded.encode(vae, clip, mesh)
+    forward = [posterior.mean, posterior.logvar, sharded.decode(vae, posterior.mean, mesh)]
     lpips, judge = wide(LPIPS((16,) * 5, rngs=nnx.Rngs(1))), wide(PatchDiscriminator((4, 6, 8), rngs=nnx.Rngs(2)))
     trainer = Trainer(config, vae, lpips, judge, compiler_options=FAST, mesh=mesh)
     state, metrics = trainer.step(trainer.start(), clip, with_gan=True)

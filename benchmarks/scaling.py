@@ -16,12 +16,12 @@ from typing import Any
 
 import tyro
 
-from flax_vae.planning.wanted import Wanted, request_of, with_mesh
-from flax_vae.planning.describe import amount, duration, scaled
 from flax_vae.io.files import replacing
 from flax_vae.jobs.screen import note
 from flax_vae.planning.compile_ahead import compiled_ahead
+from flax_vae.planning.describe import amount, duration, scaled
 from flax_vae.planning.request import Report, Request
+from flax_vae.planning.wanted import Wanted, request_of, with_mesh
 
 PLANS = [
     "train --topology v5e:4x4 --batch 16 --fsdp",

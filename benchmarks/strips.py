@@ -15,9 +15,9 @@ from typing import Any, get_args
 from benchmarks.convolutions import equations
 from benchmarks.speed import Row, Task
 from benchmarks.subjects import Preset
-from flax_vae.planning.describe import amount, duration, scaled
 from flax_vae.planning.chips import parse_topology
 from flax_vae.planning.compile_ahead import TPU
+from flax_vae.planning.describe import amount, duration, scaled
 
 CHIP = "v5e:1x1"
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from flax_vae.models.config import VAEConfig
+from flax_vae.families.pyramid import CausalVideoVAEConfig
 
 if TYPE_CHECKING:
     import torch
@@ -25,9 +25,9 @@ Preset = Literal["full", "small", "tiny"]
 Job = Literal["encode", "decode"]
 
 
-def config(preset: Preset) -> VAEConfig:
+def config(preset: Preset) -> CausalVideoVAEConfig:
     """Gives the configuration of this name."""
-    return getattr(VAEConfig, preset)()
+    return getattr(CausalVideoVAEConfig, preset)()
 
 
 def flax_model(preset: Preset) -> CausalVideoVAE:

@@ -16,7 +16,7 @@ import torch
 from flax import nnx
 
 from flax_vae.io import port
-from parity.cases import Case
+from parity.case import Case
 
 FORWARD, INPUT_GRADIENT, PARAMETER_GRADIENTS = "forward", "input gradient", "parameter gradients"
 # How many times torch's own error ours may be in float32 and bfloat16, and the floor, in units in the last place of the

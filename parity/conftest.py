@@ -51,7 +51,7 @@ def pytest_terminal_summary(terminalreporter, config):
     rows = [row for report in reports for name, row in report.user_properties if name == "parity"]
     if not rows:
         return
-    from parity.cases import CASES
+    from parity.rows import CASES
 
     places = {case.name: place for place, case in enumerate(CASES)}
     rows.sort(key=lambda row: places[row["case"]])  # several processes report in any order

@@ -11,16 +11,16 @@ import numpy as np
 import torch
 
 import torch_ref
+from flax_vae.io.checkpoint import DEFAULT
+from flax_vae.io.pixels import to_float
+from flax_vae.io.video_reader import read_clip
 from flax_vae.jobs import CheckFailed
+from flax_vae.jobs.model import load
 from flax_vae.jobs.options import Options
 from flax_vae.jobs.port import port
 from flax_vae.jobs.reconstruct import reconstruct
-from flax_vae.io.checkpoint import DEFAULT
-from flax_vae.metrics.psnr import psnr
-from flax_vae.io.pixels import to_float
-from flax_vae.io.video_reader import read_clip
-from flax_vae.jobs.model import load
 from flax_vae.jobs.screen import note, table
+from flax_vae.metrics.psnr import psnr
 from flax_vae.runtime.stream import compiled
 from parity.compare import Results, check_no_worse, measure, ratio
 
@@ -56,7 +56,7 @@ def run(out: Path) -> None:
         note(f"3/4  comparing torch and Flax on {FRAMES} frames of {HEIGHT}x{WIDTH}")
         agree(out / "torch_checkpoint", out / "checkpoint", to_float(read_clip(clip, (HEIGHT, WIDTH), FRAMES)))
         note(f"4/4  reconstructing {SHOWN} frames")
-        found = reconstruct(clip, out / "bikes.mp4", str(out / "checkpoint"), Options(SIZE, SHOWN, resume=True))
+        reconstruct(clip, out / "bikes.mp4", str(out / "checkpoint"), Options(SIZE, SHOWN, resume=True))
     print(CLOSING.format(out=out))
 
 

@@ -23,21 +23,23 @@ from flax_vae.io.pixels import fit_size, to_float
 from flax_vae.io.video_reader import probe, read_clip
 from parity.compare import DTYPES
 from parity.mistakes import MISTAKES, made
+from torch_ref.families import pyramid
+from torch_ref.layers import attention, conv, norm, resample, resnet
 
 # Largest relative difference that rounding explains in one layer.
 ROUNDING = {"float64": 1e-11, "float32": 3e-5, "bfloat16": 6e-2}
 COMPARED = (
-    torch_ref.CausalConv3d,
-    torch_ref.CausalGroupNorm,
-    torch_ref.Attention,
-    torch_ref.SpatialDownsample,
-    torch_ref.TemporalDownsample,
-    torch_ref.SpatialUpsample,
-    torch_ref.TemporalUpsample,
-    torch_ref.CausalResnetBlock,
-    torch_ref.DownBlock,
-    torch_ref.MidBlock,
-    torch_ref.UpBlock,
+    conv.CausalConv3d,
+    norm.CausalGroupNorm,
+    attention.Attention,
+    resample.SpatialDownsample,
+    resample.TemporalDownsample,
+    resample.SpatialUpsample,
+    resample.TemporalUpsample,
+    resnet.CausalResnetBlock,
+    pyramid.DownBlock,
+    pyramid.MidBlock,
+    pyramid.UpBlock,
 )
 
 

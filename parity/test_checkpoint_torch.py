@@ -19,8 +19,8 @@ from flax import nnx
 
 import flax_vae
 import torch_ref
+from flax_vae.families.pyramid import narrow
 from flax_vae.io import checkpoint, port
-from flax_vae.models.config import narrow
 
 CONFIG = narrow((4, 4, 8, 8), groups=2, encoder_layers=1, decoder_layers=1)
 DTYPES = ["float64", "float32", "float16", "bfloat16"]
@@ -50,8 +50,8 @@ def equal(model: flax_vae.CausalVideoVAE, weights: dict[str, torch.Tensor]) -> b
 
 
 def read(path) -> dict[str, np.ndarray]:
-    with checkpoint.open_checkpoint(path) as source:
-        return {key: source.read(key) for key in source.shapes()}
+    source = checkpoint.open_checkpoint(path)
+    return {key: source.read(key) for key in source.shapes()}
 
 
 def refusal(path: Path) -> str:
@@ -70,9 +70,9 @@ def test_torch_files_load_bit_for_bit(tmp_path, vae, dtype, suffix, as_zip):
     weights = state(vae, dtype)
     path = tmp_path / f"diffusion_pytorch_model{suffix}"
     torch.save(weights, path, _use_new_zipfile_serialization=as_zip)
-    assert equal(flax_vae.CausalVideoVAE.from_pretrained(path, dtype, CONFIG), weights)
-    with checkpoint.open_checkpoint(tmp_path) as source:
-        assert source.shapes() == {key: (tuple(x.shape), dtype) for key, x in weights.items()}
+    assert equal(flax_vae.CausalVideoVAE.from_pretrained(path, dtype=dtype, config=CONFIG), weights)
+    source = checkpoint.open_checkpoint(tmp_path)
+    assert source.shapes() == {key: (tuple(x.shape), dtype) for key, x in weights.items()}
 
 
 @pytest.mark.parametrize("max_shard_size", [None, 20_000])
@@ -89,8 +89,8 @@ def test_directories_that_we_save_load_into_torch_bit_for_bit(tmp_path, vae, dty
     ours = nnx.eval_shape(lambda: flax_vae.CausalVideoVAE(CONFIG, rngs=nnx.Rngs(0)))
     weights = state(vae, dtype)
     torch.save(weights, tmp_path / "weights.pt")
-    with checkpoint.open_checkpoint(tmp_path / "weights.pt") as source:
-        port.load(ours, source, dtype)
+    source = checkpoint.open_checkpoint(tmp_path / "weights.pt")
+    port.load(ours, source, dtype)
     ours.save_pretrained(tmp_path / "saved")
     theirs = torch_ref.CausalVideoVAE.from_pretrained(tmp_path / "saved").state_dict()
     assert list(theirs) == list(weights)
@@ -244,7 +244,7 @@ import re, sys
 import jax
 import jax.numpy as jnp
 import torch
-from flax_vae import CausalVideoVAE, VAEConfig
+from flax_vae import CausalVideoVAE, CausalVideoVAEConfig
 
 def peak():
     status = open("/proc/self/status").read()
@@ -252,7 +252,7 @@ def peak():
 
 jax.block_until_ready(jnp.zeros(1))
 before = peak()
-vae = CausalVideoVAE.from_pretrained(sys.argv[1], config=VAEConfig.full())
+vae = CausalVideoVAE.from_pretrained(sys.argv[1], config=CausalVideoVAEConfig.released())
 print(peak() - before)
 """
 
@@ -261,7 +261,7 @@ print(peak() - before)
 @pytest.mark.large
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_full_model_in_a_torch_file_is_loaded_in_less_than_one_and_a_half_times_its_size(tmp_path):
-    model = nnx.eval_shape(lambda: flax_vae.CausalVideoVAE(flax_vae.VAEConfig.full(), rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: flax_vae.CausalVideoVAE(flax_vae.CausalVideoVAEConfig.released(), rngs=nnx.Rngs(0)))
     shapes = port.named_tensors(model).shapes()
     weights = {key: torch.randn(shape) for key, (shape, _) in shapes.items()}
     size = sum(tensor.nbytes for tensor in weights.values())
@@ -281,7 +281,7 @@ def test_full_model_in_a_torch_file_is_loaded_in_less_than_one_and_a_half_times_
 @pytest.mark.slow
 @pytest.mark.large
 def test_full_model_from_a_public_directory_computes_what_torchs_does(tmp_path):
-    theirs = torch_ref.CausalVideoVAE.from_config(flax_vae.VAEConfig.full().to_dict()).eval()
+    theirs = torch_ref.CausalVideoVAE.from_config(flax_vae.CausalVideoVAEConfig.released().to_dict()).eval()
     theirs.save_pretrained(tmp_path, max_shard_size=2**29)
     ours = flax_vae.CausalVideoVAE.from_pretrained(tmp_path)
     for path in tmp_path.iterdir():

@@ -10,8 +10,8 @@ torch = pytest.importorskip("torch", reason="parity compares with torch")
 import flax_vae
 import torch_ref
 from flax_vae.io import port
-from parity.cases import SHALLOW
 from parity.drift import compare_layers, layer_at, main, random_clip, report
+from parity.rows.pyramid import SHALLOW
 
 
 @pytest.fixture(scope="module")

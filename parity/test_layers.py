@@ -5,7 +5,8 @@ import pytest
 pytest.importorskip("torch", reason="parity compares with torch")
 
 from parity import compare
-from parity.cases import CASES, Case
+from parity.case import Case
+from parity.rows import CASES
 
 
 def marks(case: Case) -> list:

@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("torch", reason="parity compares with torch")
 
 from parity import compare
-from parity.cases import CASES
 from parity.mistakes import BESIDE_LAYERS, MISTAKES, Mistake, made
+from parity.rows import CASES
 
 ROW = {case.name: case for case in CASES}
 ROW_OF_LAYER = {

@@ -16,7 +16,9 @@ pytest.importorskip("torch", reason="parity compares with torch")
 from flax_vae.layers import scan as chunks
 from flax_vae.runtime import stream
 from parity import compare
-from parity.cases import CASES, MODEL_TOLERANCE, SHALLOW
+from parity.case import MODEL_TOLERANCE
+from parity.rows import CASES
+from parity.rows.pyramid import SHALLOW
 
 CASE = next(case for case in CASES if case.name == "vae-shallow")
 FAST = {"xla_backend_optimization_level": 0}
@@ -74,8 +76,8 @@ def test_streams_equal_torchs_whole_clip(vae, plan: tuple[int, ...]):
 
 
 def test_chunks_in_one_program_equal_torchs_whole_clip(vae, monkeypatch):
-    run = jax.jit(unwrap(chunks._run), static_argnums=(0, 1, 2), compiler_options=FAST)
-    monkeypatch.setattr(chunks, "_run", run)
+    run = jax.jit(unwrap(chunks._scan), static_argnums=(0, 1, 2), compiler_options=FAST)
+    monkeypatch.setattr(chunks, "_scan", run)
     mean = vae.encode(clip(), chunk=SHALLOW.temporal_factor).mean
     check("mean", [mean])
     check("video", [vae.decode(mean, chunk=1)])

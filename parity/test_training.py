@@ -19,8 +19,8 @@ from flax_vae.train import optimizer
 from flax_vae.train.config import GanConfig
 from flax_vae.train.discriminator import PatchDiscriminator
 from parity import training
-from parity.cases import TorchLPIPS
 from parity.mistakes import IN_TRAINING, Mistake, made
+from parity.rows.train import TorchLPIPS
 from torch_ref.metrics import lpips as torch_lpips
 from torch_ref.train import discriminator as torch_discriminator
 from torch_ref.train.optimizer import learning_rate

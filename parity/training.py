@@ -18,7 +18,9 @@ from flax_vae.io import port
 from flax_vae.train.config import GanConfig, LossConfig, OptimizerConfig, TrainConfig
 from flax_vae.train.step import Trainer, TrainState, noise_key
 from parity import compare
-from parity.cases import CAUSAL_JUDGE, FRAMES_JUDGE, SINGLE, Case, perceptual, whole
+from parity.case import Case
+from parity.rows.pyramid import SINGLE, whole
+from parity.rows.train import CAUSAL_JUDGE, FRAMES_JUDGE, perceptual
 from torch_ref.train.recipe import Recipe
 from torch_ref.train.step import Trainer as TorchTrainer
 
@@ -79,7 +81,7 @@ def flax_trajectory(config: TrainConfig, trainer: Trainer, parts: dict[str, nnx.
 
 def flax_weights(parts: dict[str, nnx.Module], state: TrainState) -> dict[str, compare.Tensors]:
     """Names the weights of a state."""
-    states = {"parameters": ("vae", state.parameters), "average": ("vae", state.average)}
+    states = {"parameters": ("vae", state.parameters), "average": ("vae", state.ema)}
     if "discriminator" in parts:
         states["discriminator"] = ("discriminator", state.discriminator)
     named = {name: port.torch_layout(parts[part], weights) for name, (part, weights) in states.items()}

@@ -182,8 +182,8 @@ def python_signals():
 def checkpoints(tmp_path_factory):
     """Holds `vae`, a checkpoint of random weights, `again` with other weights, and `other` with another config."""
     from flax_vae import CausalVideoVAE
+    from flax_vae.families.pyramid import narrow
     from flax_vae.io import checkpoint, port
-    from flax_vae.models.config import narrow
 
     folder = tmp_path_factory.mktemp("checkpoints")
     for name, seed, widths in (("vae", 1, (4, 4, 8, 8)), ("again", 2, (4, 4, 8, 8)), ("other", 1, (4, 4, 4, 8))):
@@ -257,9 +257,9 @@ def run(capsys, monkeypatch, quick_call):
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Has a piece of every latent but the first, so that short clips have several, and chunks of one latent."""
-    importlib.import_module("flax_vae.jobs.extraction")  # before, as it keeps the number that it finds
-    monkeypatch.setattr("flax_vae.jobs.pieces.PIECE", 1)
-    monkeypatch.setattr("flax_vae.jobs.budget.MOST", 1)
+    importlib.import_module("flax_vae.jobs.extract")  # before, as it keeps the number that it finds
+    monkeypatch.setattr("flax_vae.jobs.pieces.PIECE_LATENTS", 1)
+    monkeypatch.setattr("flax_vae.jobs.budget.MAX_CHUNK_LATENTS", 1)
     monkeypatch.setattr("flax_vae.jobs.job.SHARE", 0)
 
 

@@ -1,12 +1,12 @@
 """The smallest VAEs in which everything happens: two blocks, or one, where space is halved once and time by each."""
 
-from flax_vae import VAEConfig
+from flax_vae import CausalVideoVAEConfig
 
 
-def config(*spatial: bool) -> VAEConfig:
+def config(*spatial: bool) -> CausalVideoVAEConfig:
     """Gives a config with one block for every argument, which says whether it halves or doubles space."""
     blocks, every = len(spatial), (True,) * len(spatial)
-    return VAEConfig(
+    return CausalVideoVAEConfig(
         encoder_out_channels=2,
         encoder_layers_per_block=(1,) * blocks,
         encoder_down_block_types=("DownEncoderBlockCausal3D",) * blocks,

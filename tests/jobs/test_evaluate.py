@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flax_vae import CausalVideoVAE, VAEConfig, to_float, to_uint8
-from flax_vae.metrics.psnr import psnr
+from flax_vae import CausalVideoVAE, CausalVideoVAEConfig, to_float, to_uint8
 from flax_vae.io.video_reader import read_clip
 from flax_vae.jobs.model import Model
 from flax_vae.metrics.fvd import frechet_distance
+from flax_vae.metrics.psnr import psnr
 from flax_vae.metrics.seams import seam
 from flax_vae.metrics.ssim import ssim
 from tests import little
@@ -31,7 +31,7 @@ class Copy(nnx.Module):
     """
 
     def __init__(self, off=4, places=(), deeper=0):
-        self.config, self.off, self.places, self.deeper = VAEConfig.tiny(), off, places, deeper
+        self.config, self.off, self.places, self.deeper = CausalVideoVAEConfig.tiny(), off, places, deeper
 
     def encode_chunk(self, x, carry=None):
         return SimpleNamespace(mean=x), jnp.zeros(())
@@ -330,6 +330,7 @@ def test_the_table_has_no_more_rows_than_one_can_read(evaluate, copying, folder,
 @pytest.mark.parametrize("frames", [1, 2, 12, 13, 100, 1000])
 def test_few_frames_of_a_clip_are_kept_evenly_spaced_and_the_worst_one(frames):
     from flax_vae.jobs.evaluate import SAMPLES, Measurement
+
     from flax_vae.jobs.evaluation import Sample
 
     measurement = Measurement(SimpleNamespace(path=Path("a.mkv")), None)

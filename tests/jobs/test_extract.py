@@ -287,7 +287,7 @@ def test_a_part_with_other_settings_than_the_others_is_refused(extract, clips, t
 
 
 def test_a_long_clip_becomes_a_folder_that_is_gone_on_with(extract, frames, tmp_path, power, monkeypatch, contents):
-    monkeypatch.setattr("flax_vae.jobs.extraction.PIECE", 1)
+    monkeypatch.setattr("flax_vae.jobs.extract.PIECE", 1)
     clips, out = tmp_path / "clips", tmp_path / "out"
     write(clips / "long.mp4", np.concatenate([frames, frames]))
     spoil(write(clips / "longer.mp4", np.concatenate([frames, frames])), 30)

@@ -8,8 +8,8 @@ import pytest
 from flax import nnx
 
 from flax_vae import CausalVideoVAE, to_float, to_uint8
-from flax_vae.metrics.psnr import psnr
 from flax_vae.io.video_reader import probe, read_clip
+from flax_vae.metrics.psnr import psnr
 
 av = pytest.importorskip("av", reason="video files need PyAV")
 pytest.importorskip("matplotlib", reason="contact sheets need matplotlib")

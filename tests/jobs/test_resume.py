@@ -120,7 +120,7 @@ def test_frames_that_are_gone_on_with_are_those_of_the_whole_clip_without_pieces
     from flax_vae.io.video_reader import read_clip
 
     assert run(*command_line("decode", tmp_path))[0] == 0
-    monkeypatch.setattr("flax_vae.jobs.pieces.PIECE", 16)
+    monkeypatch.setattr("flax_vae.jobs.pieces.PIECE_LATENTS", 16)
     (tmp_path / "whole").mkdir()
     assert run(*command_line("decode", tmp_path / "whole"))[0] == 0
     pieces, whole = read_clip(tmp_path / "out.mp4"), read_clip(tmp_path / "whole" / "out.mp4")
@@ -283,7 +283,7 @@ def test_fewer_frames_than_are_done_are_refused_and_more_are_not(run, begun, com
 
 def test_another_budget_of_memory_changes_nothing_of_what_is_begun(run, begun, tmp_path, monkeypatch, contents):
     args = begun("encode")
-    monkeypatch.setattr("flax_vae.jobs.budget.MOST", 4)
+    monkeypatch.setattr("flax_vae.jobs.budget.MAX_CHUNK_LATENTS", 4)
     assert run(*args, "--resume", "--memory", "64GiB")[0] == 0
     assert [len(data) > 0 for data in contents(tmp_path / "out").values()] == [True] * 3
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flax_vae import CausalConv3d, Conv3d
+from flax_vae.layers.conv import CausalConv3d, Conv3d
 
 hypothesis = pytest.importorskip("hypothesis")
 given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies

@@ -10,21 +10,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flax_vae import (
-    Attention,
-    CausalConv3d,
-    CausalGroupNorm,
-    CausalResnetBlock,
-    DownBlock,
-    MidBlock,
-    SpatialDownsample,
-    SpatialUpsample,
-    TemporalDownsample,
-    TemporalUpsample,
-    UpBlock,
-    thread,
-)
+from flax_vae.families.pyramid import DownBlock, MidBlock, UpBlock
 from flax_vae.layers import attention as layers_attention
+from flax_vae.layers.attention import Attention
+from flax_vae.layers.conv import CausalConv3d
+from flax_vae.layers.norm import CausalGroupNorm
+from flax_vae.layers.resample import SpatialDownsample, SpatialUpsample, TemporalDownsample, TemporalUpsample
+from flax_vae.layers.resnet import CausalResnetBlock
+from flax_vae.layers.sequence import run_layers
 
 hypothesis = pytest.importorskip("hypothesis")
 given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
@@ -151,8 +144,8 @@ def test_each_item_of_a_batch_is_computed_as_if_alone(name, randomized, noise, s
 def test_carry_of_another_chain_is_refused(noise):
     layers = [lambda x, carry: (x, ())] * 3
     with pytest.raises(ValueError, match="carry of 2 entries cannot go through 3 layers: use the carry of the same"):
-        thread(layers, clip(noise), ((), ()))
-    assert thread(layers, clip(noise), ((),) * 3)[1] == ((),) * 3
+        run_layers(layers, clip(noise), ((), ()))
+    assert run_layers(layers, clip(noise), ((),) * 3)[1] == ((),) * 3
 
 
 def group_norm(x, groups, scale, bias, eps):
@@ -211,8 +204,8 @@ def test_attention_in_parts_of_columns_is_the_same(most, randomized, noise, monk
         return y, *pull(jnp.cos(y))
 
     whole = values(x)
-    monkeypatch.setattr(layers_attention, "MOST_SCORES", most)
-    assert layers_attention.parts_of_columns(3, 4, 6) == {1500: 2, 200: 6, 1: 6}[most]
+    monkeypatch.setattr(layers_attention, "MAX_SCORES", most)
+    assert layers_attention.column_parts(3, 4, 6) == {1500: 2, 200: 6, 1: 6}[most]
     assert all(apart(ours, theirs) < 1e-12 for ours, theirs in zip(values(x), whole, strict=True))
 
 
@@ -257,7 +250,7 @@ def test_blocks_run_resnets_then_space_then_time(randomized, noise, jit):
 
 def run(layers, x):
     """Gives the output of one layer, or of several in their order."""
-    return thread(layers if isinstance(layers, nnx.List) else [layers], x)[0]
+    return run_layers(layers if isinstance(layers, nnx.List) else [layers], x)[0]
 
 
 def test_dropout_acts_in_training_only(noise, jit):

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flax_vae import CausalConv3d, CausalResnetBlock, CausalVideoVAE
-from flax_vae.layers.blocks import thread
-from flax_vae.layers.scan import in_chunks
+from flax_vae import CausalVideoVAE
+from flax_vae.layers.conv import CausalConv3d
+from flax_vae.layers.resnet import CausalResnetBlock
+from flax_vae.layers.scan import scan_chunks
+from flax_vae.layers.sequence import run_layers
 from tests.little import CONFIG
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -75,7 +77,7 @@ def test_remat_takes_less_memory(whole_steps, models, noise, monkeypatch):
     (plain, _), (remat, _) = whole_steps
     assert remat < 0.78 * plain  # 0.74; of the encoder or the decoder alone 0.82 and more
     for module in ("resnet", "blocks"):
-        monkeypatch.setattr(f"flax_vae.layers.{module}.call_again", lambda function, *args: function(*args))
+        monkeypatch.setattr(f"flax_vae.layers.{module}.remat", lambda function, *args: function(*args))
     everything_kept, _ = gradient_step(models[0], noise((1, 9, 32, 32, 3)))
     assert remat < 0.58 * everything_kept
 
@@ -87,7 +89,7 @@ def test_a_residual_block_keeps_only_what_goes_into_its_norms(noise, monkeypatch
 
     x = noise((1, 9, 16, 16, 3)).astype(jnp.float32)
     needed, results = step()
-    monkeypatch.setattr("flax_vae.layers.resnet.call_again", lambda function, *args: function(*args))
+    monkeypatch.setattr("flax_vae.layers.resnet.remat", lambda function, *args: function(*args))
     kept, expected = step()
     check_equal(results, expected)
     assert needed < 0.8 * kept
@@ -101,7 +103,7 @@ class Body(nnx.Module):
         self.conv, self.resnet = CausalConv3d(3, 4, 3, 2, rngs=rngs), CausalResnetBlock(4, None, 2, 0.3, rngs=rngs)
 
     def step(self, x, carry=None):
-        return thread([self.conv, self.resnet], x, carry, self.remat)
+        return run_layers([self.conv, self.resnet], x, carry, self.remat)
 
 
 @pytest.fixture
@@ -112,7 +114,7 @@ def bodies():
 
 def test_in_chunks_too_values_gradients_and_random_state_equal_the_plain_ones(bodies, noise):
     def loss(body, x):
-        return jnp.square(in_chunks(body, Body.step, x, 4)[0]).mean()
+        return jnp.square(scan_chunks(body, Body.step, x, 4)[0]).mean()
 
     x = noise((2, 9, 3, 4, 3)).astype(jnp.float32)
     (_, expected), (_, results) = (gradient_step(body, x, loss) for body in bodies)

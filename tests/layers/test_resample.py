@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flax_vae import AvgPool3d, SpatialDownsample, SpatialUpsample, TemporalDownsample, TemporalUpsample
+from flax_vae.layers.resample import AvgPool3d, SpatialDownsample, SpatialUpsample, TemporalDownsample, TemporalUpsample
 
 hypothesis = pytest.importorskip("hypothesis")
 given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flax_vae import CausalConv3d, CausalVideoVAE
+from flax_vae import CausalVideoVAE
 from flax_vae.layers import scan as chunks
-from flax_vae.layers.blocks import thread
+from flax_vae.layers.conv import CausalConv3d
 from flax_vae.layers.resample import TemporalDownsample, TemporalUpsample
 from flax_vae.layers.resnet import CausalResnetBlock
-from flax_vae.layers.scan import fit_frames, in_chunks
+from flax_vae.layers.scan import fit_frames, scan_chunks
+from flax_vae.layers.sequence import run_layers
 from tests.little import CONFIG, ONE_BLOCK
 
 hypothesis = pytest.importorskip("hypothesis", reason="lengths and chunks are drawn by hypothesis")
@@ -37,7 +38,7 @@ class Chain(nnx.Module):
         )
 
     def step(self, x, carry=None):
-        return thread(self.layers, x, carry)
+        return run_layers(self.layers, x, carry)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def apart(a, b):
 def test_any_length_in_chunks_of_any_size_is_the_whole(chain, noise, half, half_size, dtype):
     x = noise((2, 2 * half + 1, 3, 2, 2), half).astype(dtype)
     chain = cast(chain, dtype)
-    assert apart(in_chunks(chain, Chain.step, x, 2 * half_size)[0], chain.step(x)[0]) < TOLERANCE[dtype]
+    assert apart(scan_chunks(chain, Chain.step, x, 2 * half_size)[0], chain.step(x)[0]) < TOLERANCE[dtype]
 
 
 def spoiled(spoil):
@@ -116,7 +117,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_noticed(chain, noise, mistake):
     def check(step, order):
-        assert apart(in_chunks(chain, step, x[:, jnp.array(order)], 2)[0], chain.step(x)[0]) < TOLERANCE["float64"]
+        assert apart(scan_chunks(chain, step, x[:, jnp.array(order)], 2)[0], chain.step(x)[0]) < TOLERANCE["float64"]
 
     x = noise((2, 9, 3, 2, 2))
     check(Chain.step, ORDER)
@@ -181,7 +182,7 @@ def test_a_carry_is_all_that_is_kept_for_it(randomized):
     structure, parameters = nnx.split(blocks)
 
     def run(parameters, x):
-        return thread(nnx.merge(structure, parameters), x)
+        return run_layers(nnx.merge(structure, parameters), x)
 
     x = jax.ShapeDtypeStruct((1, 17, 32, 32, 8), "float64")
     with_carry, without = (
@@ -199,10 +200,10 @@ def test_frames_that_complete_no_latent_are_refused_or_padded_or_left_out_as_ask
     padded, trimmed = (vae.encode(x, chunk=4, frames=policy).mean for policy in ("pad", "trim"))
     assert np.array_equal(padded, vae.encode(longer, chunk=4).mean)
     assert np.array_equal(trimmed, vae.encode(x[:, :5], chunk=4).mean)
-    assert nnx.eval_shape(lambda vae, x: vae.encode(x, frames="pad"), vae, x).mean.shape[1] == 3
-    assert nnx.eval_shape(lambda vae, x: vae.encode(x, frames="trim"), vae, x).mean.shape[1] == 2
+    assert nnx.eval_shape(lambda vae, x: vae.encode(x, extra_frames="pad"), vae, x).mean.shape[1] == 3
+    assert nnx.eval_shape(lambda vae, x: vae.encode(x, extra_frames="trim"), vae, x).mean.shape[1] == 2
     for chunk in (None, 4):
-        with pytest.raises(ValueError, match=r"must have 4k \+ 1 frames, got 7; frames='pad' repeats the last"):
+        with pytest.raises(ValueError, match=r"must have 4k \+ 1 frames, got 7; extra_frames='pad' repeats the last"):
             vae.encode(x, chunk=chunk)
 
 
@@ -226,7 +227,7 @@ def test_the_step_is_traced_for_the_first_chunk_and_for_all_later_ones_once_a_sh
         return chain.step(x, carry)
 
     for frames in (7, 7, 13):
-        in_chunks(chain, step, noise((1, frames, 3, 2, 2)), 4)
+        scan_chunks(chain, step, noise((1, frames, 3, 2, 2)), 4)
     assert traced == [3, 4, 1, 4]
 
 
@@ -240,7 +241,7 @@ class Dropping(nnx.Module):
 
 def test_random_state_moves_on_with_every_chunk_and_every_call():
     module, x = Dropping(rngs=nnx.Rngs(0)), jnp.ones((1, 5, 4, 4, 4))
-    first, second = (in_chunks(module, Dropping.step, x, 2)[0] for _ in range(2))
+    first, second = (scan_chunks(module, Dropping.step, x, 2)[0] for _ in range(2))
     frames = [frame for y in (first[:, ::2], second[:, ::2]) for frame in np.asarray(y).swapaxes(0, 1)]
     assert len({frame.tobytes() for frame in frames}) == 6
     assert {int(leaf) for leaf in jax.tree.leaves(nnx.state(module, nnx.RngCount))} == {6}
@@ -248,7 +249,7 @@ def test_random_state_moves_on_with_every_chunk_and_every_call():
 
 def test_a_model_without_dropout_is_left_as_it_was(chain, noise):
     structure, state = nnx.split(chain)
-    in_chunks(chain, Chain.step, noise((1, 5, 3, 2, 2)), 2)
+    scan_chunks(chain, Chain.step, noise((1, 5, 3, 2, 2)), 2)
     after = nnx.split(chain)
     assert after[0] == structure
     assert all(a is b for a, b in zip(*map(jax.tree.leaves, (after[1], state)), strict=True))

@@ -8,14 +8,12 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flax_vae.families.pyramid import CausalVideoVAE, MidBlock, narrow
 from flax_vae.layers.attention import Attention
-from flax_vae.layers.blocks import MidBlock
 from flax_vae.layers.conv import CausalConv3d
 from flax_vae.layers.norm import CausalGroupNorm
 from flax_vae.layers.resample import SpatialDownsample, SpatialUpsample
 from flax_vae.layers.strips import Strips, frames_in_strips, shared_by_tpus, strips_for
-from flax_vae.models.config import narrow
-from flax_vae.models.vae import CausalVideoVAE
 
 LAYERS = {
     "conv": lambda: CausalConv3d(4, 6, 3, rngs=nnx.Rngs(0)),

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
+from flax_vae.io.pixels import to_float
 from flax_vae.metrics.contact_sheet import contact_sheet
 from flax_vae.metrics.psnr import pooled_psnr, psnr
-from flax_vae.io.pixels import to_float
 
 matplotlib = pytest.importorskip("matplotlib", reason="contact sheets need matplotlib: pip install matplotlib")
 

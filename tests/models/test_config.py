@@ -8,8 +8,8 @@ import jax
 import pytest
 from flax import nnx
 
-from flax_vae import CausalVideoVAE, VAEConfig
-from flax_vae.models.config import narrow
+from flax_vae import CausalVideoVAE, CausalVideoVAEConfig
+from flax_vae.families.pyramid import narrow
 
 DOWN, UP = "DownEncoderBlockCausal3D", "UpDecoderBlockCausal3D"
 RELEASED = {
@@ -61,28 +61,33 @@ UNEVEN = RELEASED | {
 
 @pytest.mark.parametrize("values", [RELEASED, UNEVEN], ids=["released", "uneven"])
 def test_reading_and_writing_keeps_every_key(values):
-    written = VAEConfig.from_dict(values).to_dict()
+    written = CausalVideoVAEConfig.from_dict(values).to_dict()
     assert written == values
     assert json.loads(json.dumps(written)) == values
-    assert {field.name for field in dataclasses.fields(VAEConfig)} == set(values) - {"_class_name"} | {
+    assert {field.name for field in dataclasses.fields(CausalVideoVAEConfig)} == set(values) - {"_class_name"} | {
         "remat",
         "frame_by_frame",
     }
 
 
 def test_released_values_are_the_defaults():
-    assert VAEConfig.from_dict(RELEASED) == VAEConfig.full() == VAEConfig() == VAEConfig.from_dict({})
+    assert (
+        CausalVideoVAEConfig.from_dict(RELEASED)
+        == CausalVideoVAEConfig.released()
+        == CausalVideoVAEConfig()
+        == CausalVideoVAEConfig.from_dict({})
+    )
 
 
 def test_bookkeeping_of_the_writer_is_ignored():
     extra = {"_use_default_values": list(RELEASED), "_diffusers_version": "0.1"}
-    assert VAEConfig.from_dict(RELEASED | extra) == VAEConfig.full()
+    assert CausalVideoVAEConfig.from_dict(RELEASED | extra) == CausalVideoVAEConfig.released()
 
 
 def test_file_is_read_and_named_where_it_is_wrong(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(UNEVEN))
-    assert VAEConfig.from_json(path) == VAEConfig.from_dict(UNEVEN)
+    assert CausalVideoVAEConfig.from_json(path) == CausalVideoVAEConfig.from_dict(UNEVEN)
     for text in (
         "",
         "{",
@@ -94,10 +99,10 @@ def test_file_is_read_and_named_where_it_is_wrong(tmp_path):
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=r"config\.json: "):
-            VAEConfig.from_json(path)
+            CausalVideoVAEConfig.from_json(path)
     path.write_bytes(b"\xff\xfe{}")
     with pytest.raises(ValueError, match=r"config\.json: "):
-        VAEConfig.from_json(path)
+        CausalVideoVAEConfig.from_json(path)
 
 
 UNSUPPORTED = [
@@ -144,18 +149,18 @@ MISTYPED = [
 @pytest.mark.parametrize(("key", "value", "message"), UNSUPPORTED + MISTYPED)
 def test_refused_by_name(key, value, message):
     with pytest.raises(ValueError, match=message):
-        VAEConfig.from_dict(RELEASED | {key: value})
+        CausalVideoVAEConfig.from_dict(RELEASED | {key: value})
 
 
 @pytest.mark.parametrize("setting", ["remat", "frame_by_frame"])
 def test_a_setting_of_the_run_is_in_no_config_file(setting):
-    config = dataclasses.replace(VAEConfig.from_dict(UNEVEN), **{setting: True})
+    config = dataclasses.replace(CausalVideoVAEConfig.from_dict(UNEVEN), **{setting: True})
     assert getattr(config, setting)
-    assert config != VAEConfig.from_dict(UNEVEN)
+    assert config != CausalVideoVAEConfig.from_dict(UNEVEN)
     assert config.to_dict() == UNEVEN
     for value in (True, False):
         with pytest.raises(ValueError, match=rf"unknown config keys: {setting}; a config\.json has no such settings"):
-            VAEConfig.from_dict(UNEVEN | {setting: value})
+            CausalVideoVAEConfig.from_dict(UNEVEN | {setting: value})
     with pytest.raises(ValueError, match=f"{setting} must be bool, got 'yes'"):
         dataclasses.replace(config, **{setting: "yes"})
 
@@ -163,38 +168,38 @@ def test_a_setting_of_the_run_is_in_no_config_file(setting):
 def test_every_problem_is_named_at_once():
     values = {"interpolate": True, "encoder_act_fn": "relu", "decoder_norm_num_groups": 7, "decoder_in_channels": 4}
     with pytest.raises(ValueError, match="not supported") as caught:
-        VAEConfig.from_dict(RELEASED | values)
+        CausalVideoVAEConfig.from_dict(RELEASED | values)
     assert [key for key in values if key not in str(caught.value)] == []
     assert str(caught.value).count("\n") == 4
 
 
 def test_every_wrong_type_is_named_at_once():
     with pytest.raises(ValueError, match=r"sample_size must be int(.|\n)*interpolate must be bool"):
-        VAEConfig.from_dict(RELEASED | {"interpolate": "no", "sample_size": "256"})
+        CausalVideoVAEConfig.from_dict(RELEASED | {"interpolate": "no", "sample_size": "256"})
 
 
 def test_unknown_keys_are_named_at_once():
     with pytest.raises(ValueError, match="unknown config keys: latent_channels, use_flash"):
-        VAEConfig.from_dict(RELEASED | {"use_flash": True, "latent_channels": 16})
+        CausalVideoVAEConfig.from_dict(RELEASED | {"use_flash": True, "latent_channels": 16})
 
 
 @pytest.mark.parametrize("name", ["AutoencoderKL", "", None, 3, ["CausalVideoVAE"]])
 def test_config_of_another_model_is_refused(name):
     with pytest.raises(ValueError, match=r"_class_name is .* expected 'CausalVideoVAE'"):
-        VAEConfig.from_dict(RELEASED | {"_class_name": name})
+        CausalVideoVAEConfig.from_dict(RELEASED | {"_class_name": name})
 
 
 @pytest.mark.parametrize("values", [None, [], "{}", 3])
 def test_config_must_be_an_object(values):
     with pytest.raises(ValueError, match="object of keys and values, got " + type(values).__name__):
-        VAEConfig.from_dict(values)
+        CausalVideoVAEConfig.from_dict(values)
 
 
 def test_config_cannot_be_changed_and_can_be_a_key():
-    config = VAEConfig.tiny()
+    config = CausalVideoVAEConfig.tiny()
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.encoder_in_channels = 4  # pyright: ignore[reportAttributeAccessIssue]
-    assert {config: 1}[VAEConfig.tiny()] == 1
+    assert {config: 1}[CausalVideoVAEConfig.tiny()] == 1
 
 
 def parameters(config):
@@ -205,7 +210,7 @@ def parameters(config):
 
 
 def test_full_config_is_the_released_model():
-    counts = parameters(VAEConfig.full())
+    counts = parameters(CausalVideoVAEConfig.released())
     assert {name: sum(sizes) for name, sizes in counts.items()} == {
         "encoder": 109_632_032,
         "decoder": 225_768_707,
@@ -215,7 +220,9 @@ def test_full_config_is_the_released_model():
     assert sum(len(sizes) for sizes in counts.values()) == 260
 
 
-@pytest.mark.parametrize(("config", "millions"), [(VAEConfig.tiny(), 3.2), (VAEConfig.small(), 14.4)])
+@pytest.mark.parametrize(
+    ("config", "millions"), [(CausalVideoVAEConfig.tiny(), 3.2), (CausalVideoVAEConfig.small(), 14.4)]
+)
 def test_presets_have_the_documented_size(config, millions):
     assert round(sum(map(sum, parameters(config).values())) / 1e6, 1) == millions
 
@@ -231,7 +238,7 @@ def test_narrow_changes_widths_groups_and_layers_only():
 
 
 def test_shapes_of_latents_and_video():
-    config, uneven = VAEConfig.full(), VAEConfig.from_dict(UNEVEN)
+    config, uneven = CausalVideoVAEConfig.released(), CausalVideoVAEConfig.from_dict(UNEVEN)
     assert (config.spatial_factor, config.temporal_factor, config.latent_channels) == (8, 8, 16)
     assert (uneven.spatial_factor, uneven.temporal_factor) == (4, 2)
     assert config.latent_shape(17, 720, 1281) == (3, 90, 161, 16)

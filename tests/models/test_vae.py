@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flax_vae import CausalVideoVAE, VAEConfig
-from flax_vae.models.config import narrow
+from flax_vae import CausalVideoVAE, CausalVideoVAEConfig
+from flax_vae.families.pyramid import narrow
 
 hypothesis = pytest.importorskip("hypothesis")
 given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
 pytestmark = pytest.mark.usefixtures("float64")
 
-CONFIG = VAEConfig(
+CONFIG = CausalVideoVAEConfig(
     encoder_out_channels=3,
     encoder_layers_per_block=(2, 1),
     encoder_down_block_types=("DownEncoderBlockCausal3D",) * 2,
@@ -249,7 +249,7 @@ def zeros(*shape, dtype="float64"):
 
 
 REFUSED = {
-    "8 frames": (lambda vae: vae.encode(zeros(1, 8, 8, 8, 3)), r"4k \+ 1 frames, got 8; frames='pad'"),
+    "8 frames": (lambda vae: vae.encode(zeros(1, 8, 8, 8, 3)), r"4k \+ 1 frames, got 8; extra_frames='pad'"),
     "no frames": (lambda vae: vae.encode(zeros(1, 0, 8, 8, 3)), r"none of them 0, got \(1, 0, 8, 8, 3\)"),
     "no rows": (lambda vae: vae.encode(zeros(1, 5, 0, 8, 3)), "none of them 0"),
     "no batch axis": (lambda vae: vae.encode(zeros(5, 8, 8, 3)), r"expected \(batch, frames, .*got \(5, 8, 8, 3\)"),

@@ -8,7 +8,7 @@ from flax_vae.layers.conv import CausalConv3d
 from flax_vae.layers.norm import CausalGroupNorm
 from flax_vae.layers.resnet import activated
 from flax_vae.ops import winograd
-from flax_vae.ops.schedule import computed_once
+from flax_vae.ops.schedule import materialize_on_cpu
 
 
 def test_what_a_carry_is_cut_from_is_computed_once(randomized):
@@ -38,5 +38,7 @@ def test_winograds_products_share_no_clip_of_zeros_that_each_copies():
 
 @pytest.mark.parametrize(("platform", "waits"), [("cpu", True), ("tpu", False), ("cuda", False)])
 def test_only_a_cpu_is_kept_from_computing_again(platform, waits):
-    text = jax.jit(computed_once).trace(jax.ShapeDtypeStruct((3,), "float32")).lower(lowering_platforms=(platform,))
+    text = (
+        jax.jit(materialize_on_cpu).trace(jax.ShapeDtypeStruct((3,), "float32")).lower(lowering_platforms=(platform,))
+    )
     assert ("optimization_barrier" in text.as_text()) == waits

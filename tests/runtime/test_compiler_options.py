@@ -14,7 +14,7 @@ if {ordered}:
     order_for_memory()
 import jax, jax.numpy as jnp
 from flax import nnx
-from flax_vae import CausalConv3d
+from flax_vae.layers.conv import CausalConv3d
 layers = [CausalConv3d(256, 256, 3, rngs=nnx.Rngs(0)) for _ in range(6)]
 def convolved(layers, x):
     for layer in layers:

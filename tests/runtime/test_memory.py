@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flax_vae.models.config import narrow
-from flax_vae.models.vae import CausalVideoVAE
+from flax_vae.families.pyramid import CausalVideoVAE, narrow
 from flax_vae.runtime import memory as plan
 from flax_vae.runtime.memory import cgroup_limits, format_bytes, largest, parse_bytes, step_bytes
 from flax_vae.runtime.stream import Stream, compiled
@@ -173,8 +172,8 @@ MEASURE = """
 import json, os, sys
 import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
-from flax_vae.models.config import narrow
-from flax_vae.models.vae import CausalVideoVAE
+from flax_vae.families.pyramid import narrow
+from flax_vae.families.pyramid import CausalVideoVAE
 from flax_vae.runtime.memory import step_bytes
 from flax_vae.runtime.stream import Stream, compiled
 

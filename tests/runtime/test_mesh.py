@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as Spec
 
-from flax_vae import VAEConfig
+from flax_vae import CausalVideoVAEConfig
 from flax_vae.runtime.mesh import AXES, check_sizes, make_mesh, named, parse_mesh, weights_spec
 
 hypothesis = pytest.importorskip("hypothesis", reason="sizes are drawn by hypothesis")
 given, st = hypothesis.given, hypothesis.strategies
-TINY = VAEConfig.tiny()
+TINY = CausalVideoVAEConfig.tiny()
 
 
 def test_a_mesh_is_read_by_name_and_size():

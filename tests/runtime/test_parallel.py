@@ -12,14 +12,14 @@ from flax import nnx
 from jax import lax
 
 from flax_vae import CausalVideoVAE, to_uint8
+from flax_vae.families.pyramid import narrow
 from flax_vae.layers import attention
-from flax_vae.layers.time_halo import FromNeighbour
+from flax_vae.layers.time_halo import TimeHalo
 from flax_vae.metrics.lpips import LPIPS
-from flax_vae.models.config import narrow
 from flax_vae.ops.lowering import convolve
 from flax_vae.ops.window import Window
 from flax_vae.planning.hlo import program
-from flax_vae.runtime import parallel, stream
+from flax_vae.runtime import parallel, sharded, stream
 from flax_vae.runtime.mesh import make_mesh, parse_mesh
 from flax_vae.train.checkpoints import Checkpoints
 from flax_vae.train.config import ClipConfig, GanConfig, LossConfig, OptimizerConfig, TrainConfig
@@ -90,10 +90,10 @@ def apart(a, b):
 def test_a_clip_on_a_mesh_is_that_of_one_device(vae, clip, whole, text):
     posterior, video = whole
     mesh = mesh_of(text)
-    found = parallel.encode(vae, clip, mesh)
+    found = sharded.encode(vae, clip, mesh)
     assert apart(found.mean, posterior.mean) < TOLERANCE
     assert apart(found.logvar, posterior.logvar) < TOLERANCE
-    assert apart(parallel.decode(vae, posterior.mean, mesh), video) < TOLERANCE
+    assert apart(sharded.decode(vae, posterior.mean, mesh), video) < TOLERANCE
 
 
 @slow
@@ -115,17 +115,17 @@ def test_a_stream_on_a_mesh_is_that_of_one_device_and_goes_on_without_it(vae, no
 def test_a_clip_in_chunks_and_frame_by_frame_is_divided_too(vae, clip, whole):
     posterior, video = whole
     mesh = mesh_of("data=2,height=2")
-    assert apart(parallel.encode(vae, clip, mesh, chunk=8).mean, posterior.mean) < TOLERANCE
+    assert apart(sharded.encode(vae, clip, mesh, chunk=8).mean, posterior.mean) < TOLERANCE
     frame_by_frame = CausalVideoVAE(replace(MODEL, frame_by_frame=True), rngs=nnx.Rngs(0))
     nnx.update(frame_by_frame, nnx.state(vae))
-    assert apart(parallel.decode(frame_by_frame, posterior.mean, mesh), video) < TOLERANCE
+    assert apart(sharded.decode(frame_by_frame, posterior.mean, mesh), video) < TOLERANCE
 
 
 def test_what_a_mesh_cannot_divide_is_refused_before_anything_is_computed(vae, clip):
     with pytest.raises(ValueError, match="over time=4: expected clips of 32k"):
-        parallel.encode(vae, clip, mesh_of("time=4"))
+        sharded.encode(vae, clip, mesh_of("time=4"))
     with pytest.raises(ValueError, match="one after the other what time divides"):
-        parallel.encode(vae, clip, mesh_of("time=2"), chunk=8)
+        sharded.encode(vae, clip, mesh_of("time=2"), chunk=8)
     with pytest.raises(ValueError, match="dropout draws of a clip as a whole"):
         trainer("time=2", model=replace(MODEL, encoder_block_dropout=(0.1, 0.0, 0.0, 0.0)))
     with pytest.raises(ValueError, match="2 clips over data=8"):
@@ -240,7 +240,7 @@ def test_stacked_frames_leave_the_batch_divided(stride):
 
 @pytest.mark.parametrize("text", ["height=2", "width=4"])
 def test_attention_in_parts_exchanges_pixels_and_no_scores(text, monkeypatch):
-    monkeypatch.setattr(attention, "MOST_SCORES", 20_000)
+    monkeypatch.setattr(attention, "MAX_SCORES", 20_000)
     places = jax.NamedSharding(mesh_of(text), jax.P("data", "time", "height", "width"))
     x = jax.ShapeDtypeStruct((1, 1, 16, 16, 8), jnp.float32, sharding=places)
     found = program(jax.jit(attention.attend, out_shardings=places).lower(x, x, x).compile().as_text()).exchanges
@@ -252,8 +252,8 @@ def test_attention_in_parts_exchanges_pixels_and_no_scores(text, monkeypatch):
 def test_a_halo_without_its_gradient_would_be_noticed(expected, monkeypatch):
     """The mistake that parallel convolutions by hand have made: the neighbour is told nothing of its frames."""
     clip, (_, gradients) = expected(LITTLE)
-    right = FromNeighbour._sent
-    monkeypatch.setattr(FromNeighbour, "_sent", lambda self, *args: lax.stop_gradient(right(self, *args)))
+    right = TimeHalo._sent
+    monkeypatch.setattr(TimeHalo, "_sent", lambda self, *args: lax.stop_gradient(right(self, *args)))
     _, wrong = stepped(trainer("time=2", **LITTLE), clip)
     errors = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(wrong, gradients, strict=True) if b.any()]
     assert max(errors) > 0.01

@@ -260,7 +260,7 @@ def test_frames_that_complete_no_latent_are_refused_or_padded_or_left_out_as_ask
     assert np.array_equal(encoded(clip, "trim"), encoded(shorter, "error"))
     assert encoded(clip, "pad").shape[1] == -(-(frames - 1) // FACTOR) + 1
     if over:
-        with pytest.raises(ValueError, match=f"got .*frames='pad' repeats the last, 'trim' leaves {over} out"):
+        with pytest.raises(ValueError, match=f"got .*extra_frames='pad' repeats the last, 'trim' leaves {over} out"):
             encoded(clip, "error")
 
 
@@ -270,7 +270,9 @@ def test_a_short_chunk_before_the_last_is_an_error_after_the_results_before_it(v
     first, short, last = code.clip()[:, :5], code.clip()[:, 5:8], code.clip()[:, 8:12]
     running = stream.encode(vae, [first, short, last], frames=policy)
     assert np.array_equal(joined([next(running)]), code.run((2,)))
-    with pytest.raises(ValueError, match=r"got 3; frames='pad'|a chunk that is not the last has 3 frames, expected 4k"):
+    with pytest.raises(
+        ValueError, match=r"got 3; extra_frames='pad'|a chunk that is not the last has 3 frames, expected 4k"
+    ):
         next(running)
     rest = stream.encode(vae, [code.clip()[:, 5:9]], running.carry)
     assert np.array_equal(joined(rest), code.run((2, 1))[:, 2:])

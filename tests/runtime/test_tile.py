@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flax_vae import CausalVideoVAE, VAEConfig
+from flax_vae import CausalVideoVAE, CausalVideoVAEConfig
 from flax_vae.io import trees
 from flax_vae.metrics.psnr import psnr
 from flax_vae.runtime import stream
@@ -25,7 +25,7 @@ from flax_vae.runtime.tile import LossyTiles, LossyTiling, TiledModule, in_lossy
 hypothesis = pytest.importorskip("hypothesis", reason="sizes are drawn by hypothesis")
 given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
 
-CONFIG = VAEConfig(  # a latent spans 2 frames and 2 x 2 pixels
+CONFIG = CausalVideoVAEConfig(  # a latent spans 2 frames and 2 x 2 pixels
     encoder_out_channels=2,
     encoder_layers_per_block=(1,),
     encoder_down_block_types=("DownEncoderBlockCausal3D",),
@@ -341,7 +341,7 @@ def test_a_whole_clip_in_chunks_holds_no_carry_but_one_tiles(vae):
 @pytest.mark.parametrize("frames", [1, 2, 4])
 def test_a_whole_clip_of_any_length_is_padded(lossy, frames):
     clip = video(frames)
-    latents = jax.eval_shape(lambda clip: lossy.encode(clip, frames="pad").mean, clip)
+    latents = jax.eval_shape(lambda clip: lossy.encode(clip, extra_frames="pad").mean, clip)
     assert latents.shape == (1, math.ceil((frames - 1) / 2) + 1, 10, 7, 2)
 
 

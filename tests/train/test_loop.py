@@ -23,7 +23,7 @@ from flax_vae import CausalVideoVAE
 from flax_vae.cli.export import export
 from flax_vae.cli.train import with_preset
 from flax_vae.io.port import torch_layout
-from flax_vae.layers.conv import INITIAL_SPREAD
+from flax_vae.layers.conv import INIT_STD
 from flax_vae.train import loop
 from flax_vae.train.averaged import averaged
 from flax_vae.train.checkpoints import CHECKPOINTS
@@ -112,7 +112,7 @@ def test_first_kernels_have_the_spread_that_is_asked_for(spread):
     found = kernels(replace(PRESETS["tiny"], spread=spread))
     expected = [spread or np.prod(kernel.shape[:-1]) ** -0.5 for kernel in found]
     np.testing.assert_allclose([kernel.std() for kernel in found], expected, rtol=0.08)
-    assert TrainConfig().spread == INITIAL_SPREAD == 0.02  # of the public recipe
+    assert TrainConfig().spread == INIT_STD == 0.02  # of the public recipe
 
 
 def lines(out: Path) -> list[dict]:

@@ -6,13 +6,13 @@ import math
 
 import numpy as np
 import pytest
+from flax_vae.train.report_picture import duration, numbers, settings, spread_out, title
 
 from flax_vae import to_float, to_uint8
 from flax_vae.metrics.psnr import psnr
 from flax_vae.train import curves
 from flax_vae.train.config import PRESETS
 from flax_vae.train.report import History, Kept, keep_picture, read_columns, read_history, write_report
-from flax_vae.train.report_picture import duration, numbers, settings, spread_out, title
 
 pytest.importorskip("av", reason="pictures need PyAV")
 pytest.importorskip("matplotlib", reason="the report needs matplotlib")

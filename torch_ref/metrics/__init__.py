@@ -1,0 +1,1 @@
+"""Instruments that training and evaluation measure with."""

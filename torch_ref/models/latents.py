@@ -17,15 +17,6 @@ class LatentScaling:
     rest_shift: float
     rest_scale: float
 
-    @classmethod
-    def released(cls, variant: str) -> LatentScaling:
-        """The numbers published with the diffusion models "flux" and "sd3"; raises ValueError for another name."""
-        if variant == "flux":
-            return cls(-0.04, 1 / 1.8726, -0.2343, 1 / 3.0986)
-        if variant == "sd3":
-            return cls(0.1490, 1 / 1.8415, -0.2343, 1 / 3.0986)
-        raise ValueError(f"variant is {variant!r}: choose 'flux' or 'sd3'")
-
     def normalize(self, z: Tensor) -> Tensor:
         """Latents as the VAE makes them, to latents as the diffusion model takes them."""
         first, rest = z[:, :, :1], z[:, :, 1:]

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torch_ref.families.pyramid import CausalVideoVAE
 from torch_ref.models.posterior import DiagonalGaussian
-from torch_ref.models.vae import CausalVideoVAE
 
 Tiles = list[list[Tensor]]  # rows of tiles, from left to right
 

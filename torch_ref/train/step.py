@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from torch_ref.families.pyramid import CausalVideoVAE
 from torch_ref.metrics.lpips import LPIPS
-from torch_ref.models.vae import CausalVideoVAE
 from torch_ref.train import losses
 from torch_ref.train.optimizer import Optimizer, global_norm, move_average
 from torch_ref.train.recipe import Recipe
