@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import call
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from flax import nnx
@@ -21,6 +21,7 @@ from flax_vae.layers.scan import scan_chunks
 from flax_vae.layers.strips import Strips, frames_in_strips, strips_for
 
 
+@runtime_checkable
 class Streamed(Protocol):
     """A layer over time; its carry is a pytree of constant shape, `()` where the layer keeps nothing."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from os import PathLike
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from flax_vae.models.config import ExtraFrames, VAEConfig
 from flax_vae.models.latents import LatentScaling
 from flax_vae.models.posterior import DiagonalGaussian, Latents
 
+V = TypeVar("V", bound="VideoVAE")
 Video = Float[Array, "b _ _ _ _"]  # B T H W C; only the batch is the same before and after
 
 
@@ -48,12 +49,12 @@ class VideoVAE(nnx.Module):
 
     @classmethod
     def from_pretrained(
-        cls,
+        cls: type[V],
         path_or_hub_name: str | PathLike,
         subfolder: str | None = None,
         dtype: DTypeLike = jnp.float32,
         config: VAEConfig | None = None,
-    ) -> Self:
+    ) -> V:
         """Loads a checkpoint in a public torch layout, ready for inference (dropout off).
 
         Args:
@@ -71,7 +72,7 @@ class VideoVAE(nnx.Module):
         return cls.load(source, cls.config_class.from_dict(source.config()) if config is None else config, dtype)
 
     @classmethod
-    def load(cls, source: checkpoint.Checkpoint, config: VAEConfig, dtype: DTypeLike = jnp.float32) -> Self:
+    def load(cls: type[V], source: checkpoint.Checkpoint, config: VAEConfig, dtype: DTypeLike = jnp.float32) -> V:
         """Loads the weights of an open checkpoint, cast to `dtype`; ValueError where they are not this model's."""
         vae = cls.abstract(config)
         port.load(vae, source, dtype)
@@ -79,7 +80,7 @@ class VideoVAE(nnx.Module):
         return vae
 
     @classmethod
-    def abstract(cls, config: VAEConfig) -> Self:
+    def abstract(cls: type[V], config: VAEConfig) -> V:
         """Returns a model without values, for shapes and names."""
         make: Any = cls
         return nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0)))
