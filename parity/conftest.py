@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from tests.alone import alone  # noqa: F401
+from tests.memory import alone, bounded  # noqa: F401
 
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}
 

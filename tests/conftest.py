@@ -21,13 +21,13 @@ import pytest
 from flax import nnx
 
 from flax_vae.runtime.compiler_options import order_for_memory
-from tests.alone import alone  # noqa: F401
+from tests.memory import alone, bounded  # noqa: F401
 
 order_for_memory()  # as the commands do
 if find_spec("beartype"):
-    # Not config and posterior: a file fills the one's fields with anything, a tree map the other's.
-    models = [f"flax_vae.models.{name}" for name in ("encoder", "decoder", "scaling", "vae")]
-    jaxtyping.install_import_hook(["flax_vae.layers", "flax_vae.runtime", *models], "beartype.beartype")
+    # Not configs and the posterior: a file fills the fields of the ones with anything, a tree map those of the other.
+    checked = ["flax_vae.ops", "flax_vae.layers", "flax_vae.models.latents", "flax_vae.models.vae", "flax_vae.runtime"]
+    jaxtyping.install_import_hook(checked, "beartype.beartype")
 if find_spec("hypothesis"):
     import hypothesis
 
