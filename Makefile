@@ -23,7 +23,7 @@ parity: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "flax_vae needs Python 3.11 or newer: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
-	$(python) -m pip install --quiet --disable-pip-version-check -e ".[torch,video,train,demo,test]" -c constraints.txt
+	$(python) -m pip install --quiet --disable-pip-version-check -e ".[cli,torch,video,train,demo,test]" -c constraints.txt
 	touch .venv/installed
 
 clean:
