@@ -48,7 +48,7 @@ class Error:
     eps: float  # of the dtype: the unit in the last place, relative
 
     def row(self) -> dict[str, float]:
-        """Gives what the ledger keeps: the largest error also in units in the last place."""
+        """Returns what the ledger keeps: the largest error also in units in the last place."""
         return {"max": self.max, "rms": self.rms, "ulp": self.max / self.eps}
 
 
@@ -140,7 +140,7 @@ def run_flax(case: Case, draws: Sequence[Draw], dtype: str) -> list[Results]:
 
 
 def pull(name: str, value: jax.Array) -> jax.Array:
-    """Gives the cotangent of a B T H W C output, drawn in torch's axis order."""
+    """Returns the cotangent of a B T H W C output, drawn in torch's axis order."""
     drawn = cotangent(name, torch_shape(value))
     return jnp.asarray(np.moveaxis(drawn, 1, -1) if value.ndim == 5 else drawn, value.dtype)
 
@@ -162,7 +162,7 @@ def truth(case: Case, precision: str) -> tuple[list[Draw], list[Results]]:
 
 
 def measure(actual: Sequence[Results], expected: Sequence[Results], dtype: str) -> dict[str, Error]:
-    """Gives the error of each part over all draws; AssertionError for other names, shapes, or values not finite."""
+    """Returns the error of each part over all draws; AssertionError for other names, shapes, or values not finite."""
     errors: dict[str, list[tuple[float, float]]] = {}
     for mine, true in zip(actual, expected, strict=True):
         assert mine.keys() == true.keys(), f"parts {sorted(mine)} instead of {sorted(true)}"
@@ -205,5 +205,5 @@ def check_no_worse(ours: dict[str, Error], torchs: dict[str, Error]) -> None:
 
 
 def ratio(ours: Error, torchs: Error) -> float:
-    """Gives our rms error as a multiple of torch's; 1 when neither has any."""
+    """Returns our rms error as a multiple of torch's; 1 when neither has any."""
     return ours.rms / torchs.rms if torchs.rms else (1.0 if ours.rms == 0 else float("inf"))

@@ -55,7 +55,7 @@ class Departure:
 
 
 def layer_at(model: nnx.Module, path: str) -> Any:
-    """Gives our layer at torch's attribute path; the names are the same."""
+    """Returns our layer at torch's attribute path; the names are the same."""
 
     def child(module: Any, name: str) -> Any:
         return module[int(name)] if name.isdigit() else getattr(module, name)
@@ -64,7 +64,7 @@ def layer_at(model: nnx.Module, path: str) -> Any:
 
 
 def difference(ours: np.ndarray, torchs: torch.Tensor) -> float:
-    """Gives the largest difference relative to torch's largest value; infinite for another shape or a NaN."""
+    """Returns the largest difference relative to torch's largest value; infinite for another shape or a NaN."""
     expected = torchs.detach().double().numpy()
     if ours.shape != expected.shape or not np.isfinite(ours).all():
         return float("inf")

@@ -10,7 +10,7 @@ FORWARD = "forward"
 
 
 def versions() -> dict[str, str]:
-    """Gives the versions of what was compared."""
+    """Returns the versions of what was compared."""
     return {name: importlib.metadata.version(name) for name in ("jax", "flax", "torch", "numpy")}
 
 
@@ -36,7 +36,7 @@ def by_case(rows: list[dict]) -> dict[str, dict[str, dict]]:
 
 
 def cell_texts(cells: dict[str, dict]) -> list[str]:
-    """Gives the columns of one case: float64 errors, then error and ratio in float32 and bfloat16."""
+    """Returns the columns of one case: float64 errors, then error and ratio in float32 and bfloat16."""
     texts = []
     for dtype in ("float64", "float32", "bfloat16"):
         cell = cells.get(dtype, {"forward": None, "gradients": None, "ratios": []})
@@ -47,7 +47,7 @@ def cell_texts(cells: dict[str, dict]) -> list[str]:
 
 
 def summary(rows: list[dict]) -> list[str]:
-    """Gives the lines that the suite prints at its end: one a case, then one a dtype."""
+    """Returns the lines that the suite prints at its end: one a case, then one a dtype."""
     table = by_case(rows)
     width = max(map(len, table))
     lines = [f"{'':{width}}  {'float64':^17}  {'float32':^24}  {'bfloat16':^24}"]
@@ -59,7 +59,7 @@ def summary(rows: list[dict]) -> list[str]:
 
 
 def totals(rows: list[dict]) -> list[str]:
-    """Gives a sentence a dtype: how many cases, the worst error, the ratios of our error to torch's."""
+    """Returns a sentence a dtype: how many cases, the worst error, the ratios of our error to torch's."""
     lines = []
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         of_dtype = [row for row in rows if row["dtype"] == dtype]

@@ -107,7 +107,7 @@ def temporal_shuffle(layer: TemporalUpsample, x: Tensor, kept: slice, frame_firs
 
 
 def residual(layer: CausalResnetBlock, x: Tensor) -> Tensor:
-    """Gives what the block adds to its shortcut; the shortcut's weights still get a gradient, of zero."""
+    """Returns what the block adds to its shortcut; the shortcut's weights still get a gradient, of zero."""
     y = layer.conv2(F.silu(layer.norm2(layer.conv1(F.silu(layer.norm1(x))))))
     return y if layer.conv_shortcut is None else y + 0 * layer.conv_shortcut(x)
 
@@ -141,7 +141,7 @@ def ahead(before: Tensor, after: Tensor, overlap: int, axis: int) -> Tensor:
 
 
 def attached_weight(reconstruction: Tensor, gan: Tensor, last_kernel: Tensor) -> Tensor:
-    """Gives the adaptive weight as something that gradients go through."""
+    """Returns the adaptive weight as something that gradients go through."""
     terms = (reconstruction, gan)
     first, second = (torch.autograd.grad(term, last_kernel, create_graph=True)[0].norm() for term in terms)
     return (first / (second + 1e-4)).clamp(0, 1e4)

@@ -10,7 +10,7 @@ from parity.rows import CASES
 
 
 def marks(case: Case) -> list:
-    """Gives the marks of a row's tests."""
+    """Returns the marks of a row's tests."""
     return [pytest.mark.slow] * case.slow + [pytest.mark.large] * case.large
 
 

@@ -37,7 +37,7 @@ def check(name: str, mistake: Mistake | None) -> None:
 
 @lru_cache
 def right(name: str) -> list[compare.Results]:
-    """Gives the true results of a row's draws."""
+    """Returns the true results of a row's draws."""
     return compare.truth(ROW[name], "float32")[1]
 
 
@@ -74,7 +74,7 @@ def test_ratio_check_notices_a_lower_precision(name: str):
 
 
 def with_part(results: list[compare.Results], part: str, tensors: compare.Tensors) -> list[compare.Results]:
-    """Gives results in which one part of the first draw is another."""
+    """Returns results in which one part of the first draw is another."""
     return [results[0] | {part: tensors}, *results[1:]]
 
 

@@ -40,13 +40,13 @@ SEEDS = (0, 1, 2)
 
 @lru_cache
 def ours(name: str) -> training.Trajectory:
-    """Gives our run in float64."""
+    """Returns our run in float64."""
     return training.run_flax(RUNS[name], "float64")[0]
 
 
 @lru_cache
 def reference(name: str, precision: training.Precision, seed: int = 0) -> training.Trajectory:
-    """Gives torch's run."""
+    """Returns torch's run."""
     return training.run_torch(RUNS[name], precision, seed)
 
 
@@ -103,7 +103,7 @@ def clips() -> tuple[np.ndarray, np.ndarray]:
 
 
 def as_torch(clip: np.ndarray) -> torch.Tensor:
-    """Gives a clip as B C T H W."""
+    """Returns a clip as B C T H W."""
     return torch.from_numpy(np.ascontiguousarray(np.moveaxis(clip, -1, 1)))
 
 

@@ -130,7 +130,7 @@ def check_same(ours: Trajectory, expected: Trajectory) -> None:
 
 
 def errors(actual: Trajectory, expected: Trajectory) -> dict[str, float]:
-    """Gives the rms error over the steps of what they measure, in ulp of float32 of the largest true value."""
+    """Returns the rms error over the steps of what they measure, in ulp of float32 of the largest true value."""
     found = {}
     for name in expected.metrics[-1]:
         steps = [step for step, metrics in enumerate(expected.metrics) if name in metrics]
@@ -154,13 +154,13 @@ def check_no_worse(ours: list[Trajectory], torchs: list[Trajectory], expected: l
 
 
 def cases(config: TrainConfig) -> dict[str, Case]:
-    """Gives the parts that a run is made of."""
+    """Returns the parts that a run is made of."""
     found = {"vae": VAE, "lpips": LPIPS}
     return found | ({} if config.gan.kind == "none" else {"discriminator": JUDGES[config.gan.kind]})
 
 
 def noise(config: TrainConfig, step: int) -> torch.Tensor:
-    """Gives the noise, B z t h w, that flax_vae samples the posterior of a step with."""
+    """Returns the noise, B z t h w, that flax_vae samples the posterior of a step with."""
     shape = (CLIPS[0], *SINGLE.latent_shape(*CLIPS[1:4]))
     key = noise_key(config.seed, step)
     return torch.from_numpy(np.moveaxis(np.array(jax.random.normal(key, shape, jnp.float32)), -1, 1).copy())

@@ -94,7 +94,7 @@ class I3D(nn.Module):
         self.eval()
 
     def forward(self, video: Tensor) -> Tensor:
-        """Gives B x 400 for B x 3 x T x 224 x 224, pixels in [-1, 1]."""
+        """Returns B x 400 for B x 3 x T x 224 x 224, pixels in [-1, 1]."""
         *parts, logits = self.children()
         for part in parts:
             video = part(video)
