@@ -27,6 +27,9 @@ LIMITS = {"rms": (2.0, 3.0), "max": (4.0, 8.0)}
 # what rounding leaves of it is judged by the largest.
 ZERO_IN_THEORY = 1e-6
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+# Compiled in half the time. In float64 the errors stay far below the limits, and in bfloat16 the bits are the same; in
+# float32 the errors of what people run are what is measured.
+QUICKLY = {"xla_backend_optimization_level": 0}
 
 Tensors = dict[str, np.ndarray]
 Results = dict[str, Tensors]  # part (forward, input gradient, parameter gradients) -> name -> values
@@ -115,7 +118,9 @@ def ported(case: Case, weights: Tensors, dtype: str):
 def run_flax(case: Case, draws: Sequence[Draw], dtype: str) -> list[Results]:
     """Runs flax_vae under jit at the highest matmul precision: outputs, and the gradients for `cotangent`."""
 
-    @partial(jax.jit, static_argnums=0)
+    options = QUICKLY if dtype != "float32" and jax.default_backend() == "cpu" else None
+
+    @partial(jax.jit, static_argnums=0, compiler_options=options)
     def outputs_and_gradients(graph, params, rest, clip):
         def forward(params, clip):
             return case.call_flax(nnx.merge(graph, params, rest), clip)
