@@ -30,6 +30,7 @@ class Case:
     large: bool = False  # takes several GiB
     gradients: bool = True
     draws: int = 3
+    quick: bool = True  # to compile; noise that torch is given to compare with is the same only in the usual way
 
 
 # Where both packages keep the classes that rows name.

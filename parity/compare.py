@@ -118,9 +118,9 @@ def ported(case: Case, weights: Tensors, dtype: str):
 def run_flax(case: Case, draws: Sequence[Draw], dtype: str) -> list[Results]:
     """Runs flax_vae under jit at the highest matmul precision: outputs, and the gradients for `cotangent`."""
 
-    options = QUICKLY if dtype != "float32" and jax.default_backend() == "cpu" else None
+    is_quick = case.quick and dtype != "float32" and jax.default_backend() == "cpu"
 
-    @partial(jax.jit, static_argnums=0, compiler_options=options)
+    @partial(jax.jit, static_argnums=0, compiler_options=QUICKLY if is_quick else None)
     def outputs_and_gradients(graph, params, rest, clip):
         def forward(params, clip):
             return case.call_flax(nnx.merge(graph, params, rest), clip)
