@@ -119,7 +119,7 @@ def command(founds: Sequence[Found], ways: Sequence[str], rates: Measured) -> st
         "--rounds": [str(rounds)],
     }
     words = [" ".join([name, *dict.fromkeys(values)]) for name, values in options.items() if values]
-    return " ".join(["python -m benchmarks", *words])
+    return fill(" ".join(["python -m benchmarks", *words]), WIDTH - 2, "  ").replace("\n", " \\\n")
 
 
 def memory_table(founds: Sequence[Found], ways: Sequence[str]) -> str:
@@ -153,9 +153,15 @@ def links(path: Path, base: Path) -> str:
     return f"{text}\n\n![{path.stem}]({picture.relative_to(base).as_posix()})" if picture.exists() else text
 
 
-def fill(text: str) -> str:
-    """Wraps a paragraph; names with hyphens stay whole."""
-    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
+def fill(text: str, width: int = WIDTH, indent: str = "") -> str:
+    """Wraps a paragraph; names with hyphens stay whole.
+
+    Args:
+        text: the paragraph, as one line.
+        width: columns of a line at most.
+        indent: what lines after the first begin with.
+    """
+    return textwrap.fill(text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 if __name__ == "__main__":
