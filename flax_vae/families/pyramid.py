@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, ClassVar
 
 from flax import nnx
 
+from flax_vae.io.port import same_names
 from flax_vae.io.weights import Spec
 from flax_vae.layers.attention import Attention
 from flax_vae.layers.conv import CausalConv3d, Clip
@@ -73,9 +75,8 @@ class CausalVideoVAEConfig(VAEConfig):
     downsample_scale: int = 8
 
     def __post_init__(self):
-        problems = type_problems(self)  # values can only be checked once the types are right
-        problems = problems or [*side_problems(self, "encoder"), *side_problems(self, "decoder"), *whole_problems(self)]
-        if problems:
+        problems = type_problems(self)  # values can only be checked where the types are right
+        if problems := problems or [*problems_of(self)]:
             raise ValueError("this config is not supported:\n  " + "\n  ".join(problems))
 
     @classmethod
@@ -127,20 +128,22 @@ class CausalVideoVAEConfig(VAEConfig):
 
         No tensor tells the norms' groups: those of the released model are taken, with a warning.
         """
-        given: dict[str, Any] = {}
+        conv, given = "conv2.conv.weight", dict[str, Any]()  # one in each residual block, of its width
         try:
-            for side, direction, ends in (("encoder", "down", "downsamplers"), ("decoder", "up", "upsamplers")):
-                blocks = [block_shapes(shapes, f"{side}.{direction}_blocks.{i}.") for i in range(MAX_BLOCKS + 1)]
+            for side, direction, kind in (("encoder", "down", _DOWN), ("decoder", "up", _UP)):
+                blocks = [under(shapes, f"{side}.{direction}_blocks.{i}.") for i in range(MAX_BLOCKS + 1)]
                 blocks = [block for block in blocks if block]
-                widths = tuple(block["resnets.0.conv2.conv.weight"][0] for block in blocks)
+                widths = tuple(block[f"resnets.0.{conv}"][0] for block in blocks)
+                space, time = (
+                    tuple(f"{axes}{direction}samplers.0.conv.conv.weight" in block for block in blocks)
+                    for axes in ("", "temporal_")
+                )
                 given |= {
-                    f"{side}_layers_per_block": tuple(sum(k.endswith("conv2.conv.weight") for k in b) for b in blocks),
-                    f"{side}_{direction}_block_types": (_DOWN if side == "encoder" else _UP,) * len(blocks),
+                    f"{side}_layers_per_block": tuple(sum(name.endswith(conv) for name in block) for block in blocks),
+                    f"{side}_{direction}_block_types": (kind,) * len(blocks),
                     f"{side}_block_out_channels": widths if side == "encoder" else widths[::-1],
-                    f"{side}_spatial_{direction}_sample": tuple(f"{ends}.0.conv.conv.weight" in b for b in blocks),
-                    f"{side}_temporal_{direction}_sample": tuple(
-                        f"temporal_{ends}.0.conv.conv.weight" in b for b in blocks
-                    ),
+                    f"{side}_spatial_{direction}_sample": space,
+                    f"{side}_temporal_{direction}_sample": time,
                     f"{side}_block_dropout": (0.0,) * len(blocks),
                 }
             latents = shapes["post_quant_conv.conv.weight"][0][0]
@@ -156,13 +159,19 @@ class CausalVideoVAEConfig(VAEConfig):
         return config
 
 
-def block_shapes(shapes: Mapping[str, Spec], prefix: str) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes under a prefix, which is taken off their names."""
+def under(shapes: Mapping[str, Spec], prefix: str) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the names with a prefix, which is taken off."""
     return {name.removeprefix(prefix): shape for name, (shape, _) in shapes.items() if name.startswith(prefix)}
 
 
 def narrow(widths: tuple[int, ...], groups: int, encoder_layers: int, decoder_layers: int) -> CausalVideoVAEConfig:
-    """Returns the released network with other widths, norm groups and layers per block."""
+    """Returns the released network with other widths.
+
+    Args:
+      widths: channels of the four blocks, from the pixels to the latents.
+      groups: of the norms.
+      encoder_layers, decoder_layers: residual blocks in each block.
+    """
     return CausalVideoVAEConfig(
         encoder_block_out_channels=widths,
         decoder_block_out_channels=widths,
@@ -173,59 +182,55 @@ def narrow(widths: tuple[int, ...], groups: int, encoder_layers: int, decoder_la
     )
 
 
-def side_problems(config: CausalVideoVAEConfig, side: str) -> list[str]:
-    """Lists what is wrong with the encoder's or the decoder's own keys."""
+def side_problems(config: CausalVideoVAEConfig, side: str) -> Iterator[str]:
+    """Yields what is wrong with the encoder's or the decoder's own keys."""
     values = {key.removeprefix(f"{side}_"): value for key, value in vars(config).items() if key.startswith(side)}
-    lists = {key: value for key, value in values.items() if isinstance(value, tuple)}
-    blocks, groups = len(values["block_out_channels"]), values["norm_num_groups"]
-    types = lists["down_block_types" if side == "encoder" else "up_block_types"]
-    supported = _DOWN if side == "encoder" else _UP
-    counts = [values["in_channels"], values["out_channels"], groups, *values["block_out_channels"]]
-    checks = {
-        f"{side}: at most {MAX_BLOCKS} blocks, got {blocks}": blocks <= MAX_BLOCKS,
-        **{
-            f"{side}_{key} must have {blocks} entries, one a block, got {len(v)}": len(v) == blocks
-            for key, v in lists.items()
-        },
-        f"{side}_*_block_types must be {supported}, got {', '.join(sorted(set(types)))}": set(types) == {supported},
-        f"{side}_act_fn must be 'silu', got {values['act_fn']!r}": values["act_fn"] in ("silu", "swish"),
-        f"{side} channels and norm groups must be 1 to {MAX_CHANNELS}, got {counts}": all(
-            0 < n <= MAX_CHANNELS for n in counts
-        ),
-        f"{side}_layers_per_block must be 1 to {MAX_LAYERS}, got {values['layers_per_block']}": all(
-            0 < n <= MAX_LAYERS for n in values["layers_per_block"]
-        ),
-        f"{side}_norm_num_groups ({groups}) must divide {values['block_out_channels']}": groups > 0
-        and not any(width % groups for width in values["block_out_channels"]),
-        f"{side}_block_dropout must be at least 0 and less than 1, got {values['block_dropout']}": all(
-            0 <= rate < 1 for rate in values["block_dropout"]
-        ),
-    }
-    return [problem for problem, fine in checks.items() if not fine]
+    widths, groups, layers = values["block_out_channels"], values["norm_num_groups"], values["layers_per_block"]
+    kind, types = (_DOWN, "down_block_types") if side == "encoder" else (_UP, "up_block_types")
+    if len(widths) > MAX_BLOCKS:
+        yield f"{side}: at most {MAX_BLOCKS} blocks, got {len(widths)}"
+    for key, value in values.items():
+        if isinstance(value, tuple) and len(value) != len(widths):
+            yield f"{side}_{key} must have {len(widths)} entries, one a block, got {len(value)}"
+    if set(values[types]) != {kind}:
+        yield f"{side}_*_block_types must be {kind}, got {', '.join(sorted(set(values[types])))}"
+    if values["act_fn"] not in ("silu", "swish"):
+        yield f"{side}_act_fn must be 'silu', got {values['act_fn']!r}"
+    counts = [values["in_channels"], values["out_channels"], groups, *widths]
+    if not all(0 < count <= MAX_CHANNELS for count in counts):
+        yield f"{side} channels and norm groups must be 1 to {MAX_CHANNELS}, got {counts}"
+    if not all(0 < count <= MAX_LAYERS for count in layers):
+        yield f"{side}_layers_per_block must be 1 to {MAX_LAYERS}, got {layers}"
+    if groups < 1 or any(width % groups for width in widths):
+        yield f"{side}_norm_num_groups ({groups}) must divide {widths}"
+    if not all(0 <= rate < 1 for rate in values["block_dropout"]):
+        yield f"{side}_block_dropout must be at least 0 and less than 1, got {values['block_dropout']}"
 
 
-def whole_problems(config: CausalVideoVAEConfig) -> list[str]:
-    """Lists where the encoder and the decoder do not fit each other, and settings that nothing implements."""
+def problems_of(config: CausalVideoVAEConfig) -> Iterator[str]:
+    """Yields what is wrong with the keys of each side, where the sides do not fit, and what nothing implements."""
+    for side in ("encoder", "decoder"):
+        yield from side_problems(config, side)
+    if min(sizes := (config.sample_size, config.downsample_scale)) < 1:
+        yield "sample_size and downsample_scale must be at least 1, got {} and {}".format(*sizes)
+    if not math.isfinite(config.scaling_factor):
+        yield f"scaling_factor must be finite, got {config.scaling_factor}"
+    if config.interpolate:
+        yield "interpolate must be false: interpolating samplers are not implemented"
+    if (into := config.decoder_in_channels) != (out := config.encoder_out_channels):
+        yield f"decoder_in_channels ({into}) must equal encoder_out_channels ({out})"
     down = sum(config.encoder_spatial_down_sample), sum(config.encoder_temporal_down_sample)
     up = sum(config.decoder_spatial_up_sample), sum(config.decoder_temporal_up_sample)
-    checks = {
-        f"sample_size and downsample_scale must be at least 1, got {config.sample_size} and "
-        f"{config.downsample_scale}": min(config.sample_size, config.downsample_scale) >= 1,
-        f"scaling_factor must be finite, got {config.scaling_factor}": math.isfinite(config.scaling_factor),
-        "interpolate must be false: interpolating samplers are not implemented": not config.interpolate,
-        f"decoder_in_channels ({config.decoder_in_channels}) must equal encoder_out_channels "
-        f"({config.encoder_out_channels})": config.decoder_in_channels == config.encoder_out_channels,
-        f"the decoder doubles space and time {up} times, but the encoder halves them {down} times": up == down,
-    }
-    return [problem for problem, fine in checks.items() if not fine]
+    if up != down:
+        yield f"the decoder doubles space and time {up} times, but the encoder halves them {down} times"
 
 
-def resnet_chain(channels: int, out_channels: int, num_layers: int, *args, rngs: nnx.Rngs) -> nnx.List:
+def resnet_blocks(channels: int, out_channels: int, num_layers: int, *args, rngs: nnx.Rngs) -> nnx.List:
     """Builds `num_layers` residual blocks, the first of which changes the number of channels."""
     if num_layers < 1:
         raise ValueError(f"a block has at least one residual block, got {num_layers}")
     widths = [channels] + [out_channels] * (num_layers - 1)
-    return nnx.List([CausalResnetBlock(width, out_channels, *args, rngs=rngs) for width in widths])
+    return nnx.List(CausalResnetBlock(width, out_channels, *args, rngs=rngs) for width in widths)
 
 
 class DownBlock(Chain):
@@ -238,21 +243,17 @@ class DownBlock(Chain):
         num_layers: int = 1,
         num_groups: int = 32,
         dropout: float = 0.0,
-        output_scale_factor: float = 1.0,
         spatial_downsample: bool = True,
         temporal_downsample: bool = False,
         *,
         rngs: nnx.Rngs,
     ):
-        self.resnets = resnet_chain(
-            in_channels, out_channels, num_layers, num_groups, dropout, output_scale_factor, rngs=rngs
-        )
-        self.downsamplers = nnx.List([SpatialDownsample(out_channels, rngs=rngs)] if spatial_downsample else [])
-        self.temporal_downsamplers = nnx.List(
-            [TemporalDownsample(out_channels, rngs=rngs)] if temporal_downsample else []
-        )
+        out = out_channels
+        self.resnets = resnet_blocks(in_channels, out, num_layers, num_groups, dropout, rngs=rngs)
+        self.downsamplers = nnx.List(SpatialDownsample(out, rngs=rngs) for _ in range(spatial_downsample))
+        self.temporal_downsamplers = nnx.List(TemporalDownsample(out, rngs=rngs) for _ in range(temporal_downsample))
 
-    def layers(self):
+    def layers(self) -> list[Any]:
         """Lists them in the order in which they run."""
         return [*self.resnets, *self.downsamplers, *self.temporal_downsamplers]
 
@@ -262,19 +263,11 @@ class MidBlock(nnx.Module):
 
     frames_a_step = 1
 
-    def __init__(
-        self,
-        channels: int,
-        num_groups: int = 32,
-        dropout: float = 0.0,
-        output_scale_factor: float = 1.0,
-        *,
-        rngs: nnx.Rngs,
-    ):
-        self.resnets = resnet_chain(channels, channels, 2, num_groups, dropout, output_scale_factor, rngs=rngs)
+    def __init__(self, channels: int, num_groups: int = 32, dropout: float = 0.0, *, rngs: nnx.Rngs):
+        self.resnets = resnet_blocks(channels, channels, 2, num_groups, dropout, rngs=rngs)
         self.attentions = nnx.List([Attention(channels, num_groups, rngs=rngs)])
 
-    def __call__(self, x: Clip, carry=None):
+    def __call__(self, x: Clip, carry: Any = None) -> tuple[Clip, Any]:
         """Maps (B, T, H, W, C) to the same shape; returns it and the carry."""
         first, second = (None, None) if carry is None else carry
         x, first = self.resnets[0](x, first)
@@ -292,19 +285,17 @@ class UpBlock(Chain):
         num_layers: int = 1,
         num_groups: int = 32,
         dropout: float = 0.0,
-        output_scale_factor: float = 1.0,
         spatial_upsample: bool = True,
         temporal_upsample: bool = False,
         *,
         rngs: nnx.Rngs,
     ):
-        self.resnets = resnet_chain(
-            in_channels, out_channels, num_layers, num_groups, dropout, output_scale_factor, rngs=rngs
-        )
-        self.upsamplers = nnx.List([SpatialUpsample(out_channels, rngs=rngs)] if spatial_upsample else [])
-        self.temporal_upsamplers = nnx.List([TemporalUpsample(out_channels, rngs=rngs)] if temporal_upsample else [])
+        out = out_channels
+        self.resnets = resnet_blocks(in_channels, out, num_layers, num_groups, dropout, rngs=rngs)
+        self.upsamplers = nnx.List(SpatialUpsample(out, rngs=rngs) for _ in range(spatial_upsample))
+        self.temporal_upsamplers = nnx.List(TemporalUpsample(out, rngs=rngs) for _ in range(temporal_upsample))
 
-    def layers(self):
+    def layers(self) -> list[Any]:
         """Lists them in the order in which they run."""
         return [*self.resnets, *self.upsamplers, *self.temporal_upsamplers]
 
@@ -317,19 +308,9 @@ class Encoder(Coder):
         widths, groups = config.encoder_block_out_channels, config.encoder_norm_num_groups
         dropout = config.encoder_block_dropout
         self.conv_in = CausalConv3d(config.pixel_channels, widths[0], 3, rngs=rngs)
-        self.down_blocks = nnx.List(
-            DownBlock(
-                widths[max(i - 1, 0)],
-                widths[i],
-                config.encoder_layers_per_block[i],
-                groups,
-                dropout[i],
-                spatial_downsample=config.encoder_spatial_down_sample[i],
-                temporal_downsample=config.encoder_temporal_down_sample[i],
-                rngs=rngs,
-            )
-            for i in range(len(widths))
-        )
+        halves = config.encoder_spatial_down_sample, config.encoder_temporal_down_sample
+        blocks = zip(widths[:1] + widths, widths, config.encoder_layers_per_block, repeat(groups), dropout, *halves)
+        self.down_blocks = nnx.List(DownBlock(*block, rngs=rngs) for block in blocks)
         self.mid_block = MidBlock(widths[-1], groups, dropout[-1], rngs=rngs)
         self.conv_norm_out = CausalGroupNorm(groups, widths[-1], rngs=rngs)
         self.conv_out = CausalConv3d(widths[-1], 2 * config.latent_channels, 3, rngs=rngs)
@@ -348,19 +329,9 @@ class Decoder(Coder):
         dropout = config.decoder_block_dropout
         self.conv_in = CausalConv3d(config.latent_channels, widths[0], 3, rngs=rngs)
         self.mid_block = MidBlock(widths[0], groups, dropout[0], rngs=rngs)
-        self.up_blocks = nnx.List(
-            UpBlock(
-                widths[max(i - 1, 0)],
-                widths[i],
-                config.decoder_layers_per_block[i],
-                groups,
-                dropout[i],
-                spatial_upsample=config.decoder_spatial_up_sample[i],
-                temporal_upsample=config.decoder_temporal_up_sample[i],
-                rngs=rngs,
-            )
-            for i in range(len(widths))
-        )
+        doubles = config.decoder_spatial_up_sample, config.decoder_temporal_up_sample
+        blocks = zip(widths[:1] + widths, widths, config.decoder_layers_per_block, repeat(groups), dropout, *doubles)
+        self.up_blocks = nnx.List(UpBlock(*block, rngs=rngs) for block in blocks)
         self.conv_norm_out = CausalGroupNorm(groups, widths[-1], rngs=rngs)
         self.conv_out = CausalConv3d(widths[-1], config.decoder_out_channels, 3, rngs=rngs)
 
@@ -369,17 +340,14 @@ class Decoder(Coder):
         return [self.conv_in, self.mid_block, *self.up_blocks, Head(self.conv_norm_out, self.conv_out)]
 
 
-def keys(key: str) -> str:
-    """The layout of diffusers and of today's exports: the attribute paths."""
-    return key
+OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
 def old_keys(key: str) -> str:
-    """The layout of old exports, whose attention is named query, key, value, proj_attn, and may be 1x1 convolutions."""
+    """Names the layout of old exports, whose attention projections, Linear or 1x1 Conv2d, have other names."""
     return re.sub(r"\bto_(?:q|k|v|out\.0)(?=\.\w+$)", lambda found: OLD_ATTENTION[found[0]], key)
 
 
-OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 REST_SCALING = (-0.2343, 1 / 3.0986)  # of the frames after the first
 
 
@@ -387,7 +355,7 @@ class CausalVideoVAE(VideoVAE):
     """The causal video VAE of the Pyramid-Flow checkpoints: 8k + 1 frames become k + 1 latents of 8x8 pixels."""
 
     config_class = CausalVideoVAEConfig
-    layouts: ClassVar = {"diffusers": keys, "old": old_keys}
+    layouts: ClassVar = {"diffusers": same_names, "old": old_keys}
     presets: ClassVar = {
         "pyramid-flow": CausalVideoVAEConfig.released,
         "pyramid-flow-small": CausalVideoVAEConfig.small,

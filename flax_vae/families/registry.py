@@ -1,7 +1,8 @@
-"""Every family by the `_class_name` of its config.json; from here a checkpoint finds its model."""
+"""All families by the `_class_name` of their config.json; from here a checkpoint finds its model."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -49,7 +50,7 @@ def from_pretrained(
 
 
 def open_source(path_or_hub_name: str | PathLike, subfolder: str | None = None) -> Checkpoint:
-    """Opens a checkpoint; the error of a directory that holds none names its subfolders that do."""
+    """Opens a checkpoint; the error of a directory without one names its subfolders that have one."""
     try:
         source = open_checkpoint(path_or_hub_name, subfolder)
         if source.has_config():
@@ -57,21 +58,18 @@ def open_source(path_or_hub_name: str | PathLike, subfolder: str | None = None) 
         return source
     except (FileNotFoundError, ValueError) as error:
         folder = Path(path_or_hub_name, subfolder or "")
-        if not (found := subfolders(folder)):
+        found = [path.parent.name for path in sorted(folder.glob(f"*/{CONFIG_FILE}")) if is_known(path)]
+        if not found:
             raise
         raise type(error)(f"{error}; {folder} has checkpoints in {', '.join(found)}: name one as subfolder") from None
 
 
-def subfolders(folder: Path) -> list[str]:
-    """Lists the subfolders of a directory whose config.json is that of a known family."""
-    found = []
-    for path in sorted(folder.glob(f"*/{CONFIG_FILE}")):
-        try:
-            class_of(read_json(path))
-        except ValueError:
-            continue
-        found.append(path.parent.name)
-    return found
+def is_known(path: Path) -> bool:
+    """Whether a file is the config.json of a known family."""
+    try:
+        return class_of(read_json(path)) is not None
+    except ValueError:
+        return False
 
 
 def class_of(values: Mapping[str, Any]) -> type[VideoVAE]:
@@ -82,11 +80,10 @@ def class_of(values: Mapping[str, Any]) -> type[VideoVAE]:
     name = values.get("_class_name")
     if name in FAMILIES:
         return FAMILIES[name]
-    if name is None:
-        given = {key for key in values if not key.startswith("_")}
-        fitting = [family for family in FAMILIES.values() if given and given <= family.config_class.public_keys()]
-        if len(fitting) == 1:
-            return fitting[0]
+    given = {key for key in values if not key.startswith("_")}
+    fitting = [family for family in FAMILIES.values() if given and given <= family.config_class.public_keys()]
+    if name is None and len(fitting) == 1:
+        return fitting[0]
     what = f"_class_name is {name!r}, no family of flax_vae" if name else "the config has no _class_name"
     raise ValueError(f"{what}: expected one of {', '.join(FAMILIES)}")
 
@@ -125,12 +122,10 @@ def read_config(source: Checkpoint) -> VAEConfig:
     shapes = source.shapes()
     plain = {name: shapes[names[0]] for name, names in port.unwrapped(shapes).items()}
     for family in FAMILIES.values():
-        try:
+        with contextlib.suppress(ValueError):
             config = family.config_class.from_shapes(plain)
             port.match(family.abstract(config), shapes)
             return config
-        except ValueError:
-            continue
     raise FileNotFoundError(
         f"no {CONFIG_FILE} beside the weights in {source.directory}, and their names and shapes are not those of "
         f"{', '.join(FAMILIES)}: add it, or pass a config"
@@ -151,7 +146,7 @@ def preset(name: str) -> VAEConfig:
 
 
 def released_scaling(variant: str) -> LatentScaling:
-    """Returns the latent scaling that was released under a name, such as "flux"; ValueError lists those there are."""
+    """Returns the latent scaling that was released under a name, as "flux"; ValueError lists those there are."""
     scalings = {name: scaling for family in FAMILIES.values() for name, scaling in family.released_scalings.items()}
     if variant not in scalings:
         raise ValueError(f"variant must be one of {', '.join(sorted(scalings))}, got {variant!r}")

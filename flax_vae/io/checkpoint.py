@@ -1,6 +1,6 @@
 """Checkpoints: config.json beside weights with torch's names and axis order, in one file or shards, here or on the hub.
 
-Opening one reads headers alone.
+Opening one reads only headers.
 """
 
 import json
@@ -16,7 +16,7 @@ from flax_vae.io.files import PICKLED, SAFE, read_json, replacing
 from flax_vae.io.weights import DTYPES, SafetensorsFile, Spec, Tensors, TorchFile, write_safetensors
 
 INDEX = ".index.json"
-NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")  # which weights to take where there are several
+NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")  # taken before others where there are several
 DEFAULT = Path(__file__).parents[1] / "default_weights"
 WEIGHTS_FILE, CONFIG_FILE = "diffusion_pytorch_model.safetensors", "config.json"
 HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)((?:/\w[\w.-]*)*)/?", re.ASCII)
@@ -25,28 +25,21 @@ HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)((?:/\w[\w.-]*)*)/?", re.ASCII)
 def open_checkpoint(path_or_hub_name: str | os.PathLike, subfolder: str | None = None) -> "Checkpoint":
     """Opens a checkpoint directory, a weights file, or a hub name "owner/name[/folder]", which is downloaded.
 
-    With `subfolder` it is the one in that folder. "default" is the small model in this package, where there is nothing
-    else of that name.
+    Weights are .safetensors, also in shards with an index, or .bin, .pt, .pth; there the tensors may be in a `model` or
+    `state_dict`, and what is beside it is left out. "default" is the small model in this package, unless there is a
+    file or folder of that name. With `subfolder` the checkpoint is the one in that folder.
 
-    Weights are .safetensors, also in shards with an index, or .bin, .pt, .pth; there the tensors may be in a
-    `model` or `state_dict` among other things, which are left out. Raises FileNotFoundError where there is no such
-    checkpoint, ImportError where torch is needed, and ValueError for files that are damaged, hostile, ambiguous, or
-    not what their name says.
+    Raises FileNotFoundError where there is no such checkpoint, ImportError where torch is needed, and ValueError for
+    files that are damaged, hostile, ambiguous, or not what their name says.
     """
-    return Checkpoint(locate(path_or_hub_name, subfolder))
-
-
-def locate(path_or_hub_name: str | os.PathLike, subfolder: str | None = None) -> Path:
-    """Returns the directory or file that a name stands for; downloads what is on the hub."""
-    path = Path(path_or_hub_name)
-    if path.exists() and subfolder is not None:
-        if not (path / subfolder).is_dir():
-            raise FileNotFoundError(f"{path} has no folder {subfolder}")
-        return path / subfolder
+    path, name = Path(path_or_hub_name), os.fspath(path_or_hub_name)
     if path.exists():
-        return path
-    name = os.fspath(path_or_hub_name) if subfolder is None else f"{os.fspath(path_or_hub_name)}/{subfolder}"
-    return DEFAULT if path == Path("default") and subfolder is None else download(name)
+        if subfolder is not None and not (path / subfolder).is_dir():
+            raise FileNotFoundError(f"{path} has no folder {subfolder}")
+        return Checkpoint(path / (subfolder or ""))
+    if path == Path("default") and subfolder is None:
+        return Checkpoint(DEFAULT)
+    return Checkpoint(download(name if subfolder is None else f"{name}/{subfolder}"))
 
 
 class Checkpoint:
@@ -62,24 +55,23 @@ class Checkpoint:
 
     def config(self) -> dict[str, Any]:
         """Returns the contents of config.json; FileNotFoundError where there is none."""
-        path = self.directory / CONFIG_FILE
         if not self.has_config():
             raise FileNotFoundError(
                 f"no {CONFIG_FILE} beside the weights in {self.directory}: add it, or pass a config"
             )
-        return read_json(path)
+        return read_json(self.directory / CONFIG_FILE)
 
     def shapes(self) -> dict[str, Spec]:
-        """Gives every tensor's shape, in torch's axis order, and the name of its dtype."""
+        """Returns every tensor's shape, in torch's axis order, and the name of its dtype."""
         return {key: file.specs[key] for key, file in self._files.items()}
 
     def read(self, key: str) -> np.ndarray:
-        """Gives one tensor, in torch's axis order."""
+        """Reads one tensor, in torch's axis order."""
         return self._files[key].read(key)
 
 
 def open_weights(path: Path) -> dict[str, SafetensorsFile | TorchFile]:
-    """Opens the weights file, or the files that an index names, and gives the one that holds each tensor."""
+    """Opens a weights file, or those that an index names; returns, by tensor, the file that holds it."""
     weight_map = read_index(path) if path.name.endswith(INDEX) else None
     suffixes = f"*{', *'.join(SAFE + PICKLED)}"
     if weight_map is None and not (path.name.endswith(SAFE + PICKLED) and path.is_file()):
@@ -90,28 +82,28 @@ def open_weights(path: Path) -> dict[str, SafetensorsFile | TorchFile]:
         raise ValueError(f"{path} names files that are not beside it, fetch them too: {', '.join(missing)}")
     files = {name: (SafetensorsFile if name.endswith(SAFE) else TorchFile)(path.parent / name) for name in names}
     held = [(key, name) for name, file in files.items() for key in file.specs]
-    astray = set(held) ^ set(weight_map.items() if weight_map is not None else held)
-    if astray:
-        listed = "\n  ".join(f"{key} in {name}" for key, name in sorted(astray))
+    stray = set(held) ^ set(weight_map.items() if weight_map is not None else held)
+    if stray:
+        listed = "\n  ".join(f"{key} in {name}" for key, name in sorted(stray))
         raise ValueError(f"{path} and the files it names do not agree, fetch them again:\n  {listed}")
     return {key: files[name] for key, name in held}
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """Gives the file name of every tensor; ValueError unless an index names files of its own directory."""
+    """Reads an index, the file name of every tensor; ValueError unless all are files of its own directory."""
     weight_map: Any = read_json(path).get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
     plain = re.compile(rf"[^./\\:\0][^/\\:\0]*({'|'.join(map(re.escape, SAFE + PICKLED))})")
-    strange = [name for name in names if not isinstance(name, str) or not plain.fullmatch(name)]
-    if strange:
-        raise ValueError(f"{path}: 'weight_map' must name weights files in the same directory, got {strange[:9]}")
+    wrong = [name for name in names if not isinstance(name, str) or not plain.fullmatch(name)]
+    if wrong:
+        raise ValueError(f"{path}: 'weight_map' must name weights files in the same directory, got {wrong[:9]}")
     return weight_map
 
 
 def weights_in(directory: Path) -> Path:
-    """Picks a directory's weights file or index: safetensors before others, usual names before others.
+    """Picks the weights file or index of a directory: safetensors before pickles, usual names before others.
 
-    Raises FileNotFoundError where there is none, ValueError listing them where several are left.
+    Raises FileNotFoundError where there is none, ValueError that lists them where several are left.
     """
     for suffixes in (SAFE, PICKLED):
         found = sorted(p for p in directory.iterdir() if p.name.removesuffix(INDEX).endswith(suffixes) and p.is_file())
@@ -128,7 +120,7 @@ def weights_in(directory: Path) -> Path:
 
 
 def download(name: str) -> Path:
-    """Fetches the config and the weights of "owner/name[/folder]" from the hub and gives their directory."""
+    """Downloads the config and the weights of "owner/name[/folder]" from the hub; returns their directory."""
     missing = f"{name} is no file or directory here"
     match = HUB_NAME.fullmatch(name)
     if match is None or name.endswith(SAFE + PICKLED):
@@ -143,7 +135,7 @@ def download(name: str) -> Path:
         wanted = [within + CONFIG_FILE, *(f"{within}*{suffix}{end}" for suffix in suffixes for end in ("", INDEX))]
         try:
             root = snapshot_download(repository, allow_patterns=wanted, ignore_patterns=f"{within}*/*")
-        except Exception as error:  # its libraries raise their own kinds for no network, no access, no such name
+        except Exception as error:  # no network, no access, no such name: each library below raises errors of its own
             reason = f"{type(error).__name__}: {error}"
             raise FileNotFoundError(f"{missing}, and the hub does not give it: {reason}") from error
         try:
@@ -155,10 +147,18 @@ def download(name: str) -> Path:
 
 
 def save(path: str | os.PathLike, config: Mapping[str, Any], tensors: Tensors) -> None:
-    """Writes a checkpoint directory, and the parents it needs; a checkpoint saved there before is replaced.
+    """Writes a checkpoint directory, and the parents it needs; replaces a checkpoint saved there before.
 
-    Both files are complete before they get their names, weights first, config last. Raises NotADirectoryError when
-    `path` is a file, ValueError when it holds other safetensors or when a dtype is not floating point.
+    Both files are complete before they get their names, weights first, config last.
+
+    Args:
+      path: the directory.
+      config: the contents of config.json.
+      tensors: the weights, read one at a time.
+
+    Raises:
+      NotADirectoryError: `path` is a file.
+      ValueError: it holds other safetensors; a dtype is not floating point.
     """
     directory = Path(path)
     if directory.exists() and not directory.is_dir():
@@ -166,9 +166,9 @@ def save(path: str | os.PathLike, config: Mapping[str, Any], tensors: Tensors) -
     others = sorted(p.name for p in directory.glob(f"[!.]*{SAFE[0]}*") if p.name != WEIGHTS_FILE)
     if others:
         raise ValueError(f"{directory} already holds other weights: remove {', '.join(others)}, or save elsewhere")
-    strange = [f"{key} in {dtype}" for key, (_, dtype) in tensors.shapes().items() if dtype not in DTYPES]
-    if strange:
-        raise ValueError(f"only {', '.join(DTYPES)} can be saved, got {', '.join(strange)}")
+    wrong = [f"{key} in {dtype}" for key, (_, dtype) in tensors.shapes().items() if dtype not in DTYPES]
+    if wrong:
+        raise ValueError(f"only {', '.join(DTYPES)} can be saved, got {', '.join(wrong)}")
     text = json.dumps(config, indent=2) + "\n"
     directory.mkdir(parents=True, exist_ok=True)
     with replacing(directory / CONFIG_FILE) as config_part:

@@ -1,7 +1,5 @@
 """Files that take their names only when complete, JSON that is checked, and what damaged files look like."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -9,10 +7,9 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import filelock
+import filelock
 
 PathLike = str | os.PathLike[str]
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # suffixes of files with one picture
@@ -22,10 +19,10 @@ JSON_LIMIT = 2**26  # bytes of a JSON file
 
 @contextmanager
 def replacing(path: PathLike) -> Iterator[Path]:
-    """Gives a temporary path beside `path`; renamed to `path` at a clean exit, removed at any other.
+    """Yields a temporary path beside `path`; renamed to `path` at a clean exit, removed at any other.
 
-    Its suffix is that of `path`, in small letters. Raises what `check_target` raises; an error of the system that names
-    no file, such as of a full disk, gets the name of `path`.
+    Its suffix is that of `path`, in lower case. Raises what `check_target` raises; an error of the system that names no
+    file, such as of a full disk, gets the name of `path`.
     """
     check_target(path)
     part = Path(path).with_name(f".{uuid.uuid4().hex}{Path(path).suffix.lower()}")
@@ -42,7 +39,7 @@ def replacing(path: PathLike) -> Iterator[Path]:
 
 @contextmanager
 def scratch(path: Path) -> Iterator[Path]:
-    """Makes `path` an empty folder and removes it at the end; what a killed process left in it is removed before."""
+    """Makes `path` an empty folder, without what a killed process left in it, and removes it at the end."""
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir()
     try:
@@ -52,9 +49,7 @@ def scratch(path: Path) -> Iterator[Path]:
 
 
 def locked(path: Path, busy: str) -> filelock.BaseFileLock:
-    """Gives the lock that is the file `path`, taken; ValueError that says `busy` where another process has it."""
-    import filelock  # commands that lock nothing answer without it
-
+    """Acquires the lock that is the file `path`; ValueError with the text `busy` where another process holds it."""
     lock = filelock.FileLock(path)
     try:
         lock.acquire(blocking=False)
@@ -86,7 +81,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def kind(path: Path) -> str:
-    """Says what a file looks like from its first bytes, and what to do about it."""
+    """Returns, as text, what a file looks like from its first bytes, and what to do about it."""
     with open(path, "rb") as file:
         head = file.read(512)
     if not head:
@@ -96,9 +91,8 @@ def kind(path: Path) -> str:
     if head.lstrip().startswith(b"<"):
         return "a web page instead of the file: fetch it again"
     if head[8:9] == b"{":
-        header, size = int.from_bytes(head[:8], "little"), path.stat().st_size
-        claim = f"with a header of {header:,} in {size:,} bytes"
-        return f"safetensors, whole or in part, {claim}: fetch it again, or end its name in {SAFE[0]}"
+        claim = f"a header of {int.from_bytes(head[:8], 'little'):,} in {path.stat().st_size:,} bytes"
+        return f"safetensors, whole or in part, with {claim}: fetch it again, or end its name in {SAFE[0]}"
     if head.startswith((b"PK", b"\x80")):
         return f"what torch writes, whole or in part: fetch it again, or end its name in {', '.join(PICKLED)}"
     return "something else: fetch it again"

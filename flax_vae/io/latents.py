@@ -1,9 +1,7 @@
 """Latents on disk: safetensors files with `mean` and `logvar`, (1, t, h, w, z), and what decoding them takes.
 
-A clip is one file, or a folder of them, each with the latents that follow those of the one before.
+A clip is one file, or a folder of files, each with the latents that follow those of the file before.
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
@@ -12,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -22,15 +20,15 @@ from flax_vae.io.weights import Arrays, SafetensorsFile, write_safetensors
 FORMAT = {"format": "flax_vae latents", "version": "2"}
 SUFFIX = ".safetensors"
 NAMES = ("mean", "logvar")
-RATE = re.compile(r"[1-9]\d{0,9}(/[1-9]\d{0,9})?", re.ASCII)  # to compute 1e999999999 would take all memory
+RATE = re.compile(r"[1-9]\d{0,9}(/[1-9]\d{0,9})?", re.ASCII)  # Fraction would also take 1e999999999, and all memory
 
 
 @dataclass(frozen=True)
 class About:
-    """What latents files say of their clip: its frames are `height` x `width` pixels, `fps` a second.
+    """What latents files say of their clip, whose frames have `height` x `width` pixels, `fps` a second.
 
-    `config` and `weights` are hashes of the model's; `scaling` holds the statistics by which a diffusion model is to
-    shift and scale these latents, which are stored as the encoder gave them.
+    `config` and `weights` are hashes of the model's. The latents are stored as they were encoded; `scaling` holds the
+    statistics by which a diffusion model shifts and scales them.
     """
 
     height: int
@@ -41,13 +39,13 @@ class About:
     scaling: Mapping[str, Any] | None = None
 
     def to_metadata(self) -> dict[str, str]:
-        """Gives the texts that a safetensors file can hold."""
+        """Returns the texts that a safetensors header can hold."""
         texts = {name: str(getattr(self, name)) for name in ("height", "width", "fps", "config", "weights")}
         return {**FORMAT, **texts, "scaling": json.dumps(self.scaling)}
 
     @classmethod
-    def from_metadata(cls, texts: Mapping[str, str]) -> About:
-        """Reads what `to_metadata` gave; ValueError or KeyError for anything else."""
+    def from_metadata(cls, texts: Mapping[str, str]) -> Self:
+        """Reads what `to_metadata` returned; ValueError or KeyError for anything else."""
         if {key: texts.get(key) for key in FORMAT} != FORMAT:
             raise ValueError(f"holds no latents of version {FORMAT['version']}; flax-vae encode writes them")
         if not RATE.fullmatch(texts["fps"]):
@@ -61,18 +59,24 @@ class About:
 def write_latents(
     path: PathLike, about: About, mean: np.ndarray, logvar: np.ndarray, frames: int, start: int = 0, last: bool = True
 ) -> None:
-    """Writes latents (1, t, h, w, z), which stand for `frames` frames of a clip; the file takes its name when complete.
+    """Writes latents (1, t, h, w, z); the file takes its name when it is complete.
 
-    `start` is the place of the first of them among the clip's latents, `last` whether the clip ends with these.
+    Args:
+      path: the file.
+      about: what all files of the clip say of it.
+      mean, logvar: the posterior.
+      frames: number of frames that these latents stand for.
+      start: index of the first of them among the clip's latents.
+      last: whether the clip ends with these.
     """
-    place = {"start": str(start), "frames": str(frames), "last": json.dumps(last)}
+    span = {"start": str(start), "frames": str(frames), "last": json.dumps(last)}
     with replacing(path) as part:
-        write_safetensors(part, Arrays({"mean": mean, "logvar": logvar}), about.to_metadata() | place)
+        write_safetensors(part, Arrays({"mean": mean, "logvar": logvar}), about.to_metadata() | span)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of latents: where they belong, and how many frames they stand for."""
+    """One file of latents: their index in the clip, and the number of frames that they stand for."""
 
     path: Path
     about: About
@@ -82,8 +86,8 @@ class Shard:
     last: bool
 
     @classmethod
-    def open(cls, path: Path) -> Shard:
-        """Reads a file's header."""
+    def open(cls, path: Path) -> Self:
+        """Reads the header of a file."""
         file = SafetensorsFile(path)
         try:
             about = About.from_metadata(file.metadata)
@@ -98,17 +102,17 @@ class Shard:
             raise ValueError(f"{path}: not a latents file, or damaged: {error}") from None
 
     def read(self, name: str) -> np.ndarray:
-        """Gives `mean` or `logvar`."""
+        """Reads `mean` or `logvar`."""
         return SafetensorsFile(self.path).read(name)
 
 
 def first_file(folder: Path) -> Path:
-    """Gives the path of the first of a clip's files."""
+    """Returns the path of the first of a clip's files."""
     return folder / f"00000{SUFFIX}"
 
 
 class Latents:
-    """The latents of one clip, read from a file or a folder of files as they are needed.
+    """The latents of one clip, a file or a folder of files that are read as they are needed.
 
     Raises FileNotFoundError, or ValueError for files that are damaged, or not all of one clip.
     """
@@ -121,43 +125,39 @@ class Latents:
         if not files:
             raise ValueError(f"{path}: holds no latents (*{SUFFIX}); flax-vae encode writes them")
         self.path, self.shards = path, [Shard.open(file) for file in files]
-        self._check()
-        self.about = self.shards[0].about
+        self.about, start = self.shards[0].about, 0
+        for shard in self.shards:
+            if (shard.start, shard.about, shard.shape[2:]) != (start, self.about, self.shards[0].shape[2:]):
+                raise ValueError(f"{shard.path}: does not follow the files before it in {path}; encode again")
+            start += shard.shape[1]
+            if shard.last != (shard is self.shards[-1]):
+                what = "goes on after its end" if shard.last else "lacks its end"
+                raise ValueError(f"{path}: {what}, the files are not all of one clip; encode again")
 
     @property
     def frames(self) -> int:
-        """Frames of the clip."""
+        """Number of frames of the clip."""
         return sum(shard.frames for shard in self.shards)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Frames, height, width and channels of the latents."""
+        """The shape (t, h, w, z) of the latents."""
         _, _, height, width, channels = self.shards[0].shape
         return sum(shard.shape[1] for shard in self.shards), height, width, channels
 
     @property
     def identity(self) -> str:
-        """What tells these files from others: where they are, how large, and when they were last written."""
+        """Text that differs for other files: their paths, sizes and times of writing."""
         status = [(shard.path.absolute(), shard.path.stat()) for shard in self.shards]
         text = repr([(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in status])
         return f"{self.path.absolute()} ({hashlib.sha256(text.encode()).hexdigest()[:16]})"
 
     def means(self, start: int = 0) -> Iterator[np.ndarray]:
-        """Yields one mean (h, w, z) after the other, from `start` on."""
+        """Yields one mean (h, w, z) after the other, from index `start` on."""
         for shard in self.shards:
             if shard.start + shard.shape[1] > start:
                 yield from shard.read("mean")[0, max(start - shard.start, 0) :]
 
     def read(self, name: str = "mean") -> np.ndarray:
-        """Gives all of `mean` or `logvar`, (1, t, h, w, z)."""
+        """Reads all of `mean` or `logvar`, (1, t, h, w, z)."""
         return np.concatenate([shard.read(name) for shard in self.shards], axis=1)
-
-    def _check(self) -> None:
-        start = 0
-        for shard in self.shards:
-            if (shard.start, shard.about, shard.shape[2:]) != (start, self.shards[0].about, self.shards[0].shape[2:]):
-                raise ValueError(f"{shard.path}: does not follow the files before it in {self.path}; encode again")
-            start += shard.shape[1]
-            if shard.last != (shard is self.shards[-1]):
-                what = "goes on after its end" if shard.last else "lacks its end"
-                raise ValueError(f"{self.path}: {what}, the files are not all of one clip; encode again")

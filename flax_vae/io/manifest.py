@@ -1,6 +1,4 @@
-"""Data sets of clips: the list of them, and a log of what has become of each, in JSON lines."""
-
-from __future__ import annotations
+"""Data sets of clips: their list, and a log of what was done with each, in JSON lines."""
 
 import contextlib
 import hashlib
@@ -9,7 +7,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from flax_vae.io.files import IMAGES, PathLike, locked, replacing
 
@@ -19,7 +17,7 @@ KINDS = ("video", "image")
 
 @dataclass(frozen=True)
 class Entry:
-    """A clip of a data set: "video" or "image", where it is, and a name of its own."""
+    """A clip of a data set: its kind, "video" or "image", its path, and a name of its own."""
 
     kind: str
     path: Path
@@ -27,11 +25,11 @@ class Entry:
 
 
 def read_entries(source: PathLike) -> list[Entry]:
-    """Lists the clips of a manifest, or all videos and images in a folder and the folders in it, sorted.
+    """Lists the clips of a manifest, or all videos and images in a folder and its subfolders, sorted.
 
-    A manifest has a line `{"video": path}` or `{"image": path}` a clip; other keys are for other readers, and paths
-    start from the manifest's folder. Raises FileNotFoundError, or ValueError where there is no clip, naming the line
-    that is something else.
+    A manifest has a line `{"video": path}` or `{"image": path}` for each clip; other keys are for other readers, and
+    paths start from the manifest's folder. Raises FileNotFoundError, or ValueError where there is no clip, and for a
+    line, by its number, that is something else.
     """
     source = Path(source)
     if not source.exists():
@@ -57,12 +55,12 @@ def _in_manifest(path: Path) -> Iterator[Entry]:
         if len(kinds) != 1:
             raise ValueError(f'{path}, line {number}: expected {{"video": path}} or {{"image": path}}')
         clip = (path.parent / values[kinds[0]]).absolute()
-        # a digest, as clips of one name may lie in any folders
+        # a digest, because clips of one name may lie in several folders
         yield Entry(kinds[0], clip, f"{clip.stem}-{hashlib.sha256(str(clip).encode()).hexdigest()[:12]}{clip.suffix}")
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yields the number and the contents of every line that is not empty; ValueError names one that is not JSON."""
+    """Yields number and contents of every line that is not empty; ValueError names one that is not JSON."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -80,16 +78,16 @@ def write_lines(path: PathLike, lines: Iterable[Mapping[str, Any]]) -> None:
 
 
 class Log:
-    """A file that gets a line for each thing done, and is read again by whoever goes on with the work.
+    """A file that gets a line for each thing done, and that is read when the work is resumed.
 
-    Its first line holds the `settings` of the work. A line that was cut off, by a kill -9, is removed. Raises
-    ValueError when the log was begun with other settings, or while another process writes it.
+    Its first line holds the `settings` of the work. A last line that a killed process left torn is removed. Raises
+    ValueError where the log was begun with other settings, and while another process writes it.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]):
         self.path, self._settings = path, as_json(settings)
 
-    def __enter__(self) -> Log:
+    def __enter__(self) -> Self:
         lock = locked(self.path.with_name(f".{self.path.name}.lock"), f"{self.path}: another process is writing it")
         with contextlib.ExitStack() as stack:
             stack.callback(lock.release)
@@ -107,28 +105,28 @@ class Log:
         self._stack.close()
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """Appends a line at once."""
+        """Appends a line, and flushes it."""
         self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()
 
 
 def as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Gives settings as a log gives them back: what JSON does not know becomes its text."""
+    """Returns settings as a log holds them: what JSON does not know becomes its text."""
     return json.loads(json.dumps(settings, default=str))
 
 
 def read_settings(path: Path) -> dict[str, Any] | None:
-    """Gives the settings with which a log was begun; None where there is no log."""
+    """Reads the settings with which a log was begun; None where there is no log."""
     return next((json.loads(line) for line in whole_lines(path)), None)
 
 
 def read_log(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the lines of a log, which may still be written, without the settings; none where there is no log."""
+    """Yields the lines of a log, which may still be written, after its settings; none where there is no log."""
     yield from (json.loads(line) for line in itertools.islice(whole_lines(path), 1, None))
 
 
 def whole_lines(path: Path) -> Iterator[bytes]:
-    """Yields the lines of a file, without a last one that was cut off; none where there is no file."""
+    """Yields the lines of a file, without a torn last one; none where there is no file."""
     if path.exists():
         with open(path, "rb") as file:
             yield from (line for line in file if line.endswith(b"\n"))

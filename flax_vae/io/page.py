@@ -1,23 +1,18 @@
-"""A page of words, pictures and plots, placed in inches from the top left, as a PNG."""
-
-from __future__ import annotations
+"""A page of text, pictures and plots, placed in inches from the top left, as a PNG."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from flax_vae.io.files import PathLike, replacing
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-INK, FAINT, GRID = "#1a1a1a", "#767676", "#e8e8e8"  # of words, of lesser words, of lines behind curves
+INK, FAINT, GRID = "#1a1a1a", "#767676", "#e8e8e8"  # of text, of lesser text, of the grid behind curves
 TIMES = "\N{MULTIPLICATION SIGN}"
 
 
 class Page:
-    """A white page of some inches, on which things are placed by their top left corners."""
+    """A white page of `width` x `height` inches; x and y are those of an item's top left corner."""
 
     def __init__(self, width: float, height: float, dpi: int = 120):
         from matplotlib.figure import Figure
@@ -26,34 +21,47 @@ class Page:
         self.figure = Figure(figsize=(width, height), dpi=dpi, facecolor="white")
 
     def text(self, x: float, y: float, words: str, **style: Any) -> None:
-        """Writes words as they are: a $ in a file name is a $."""
+        """Writes text as it is: a $ in a file name is a $.
+
+        Args:
+          x, y: the corner.
+          words: the text.
+          style: options of matplotlib's `Figure.text`.
+        """
         style = {"size": 9, "color": INK, "va": "top", "parse_math": False} | style
         self.figure.text(x / self.width, 1 - y / self.height, words, **style)
 
     def heading(
         self, margin: float, title: str, subtitle: str, numbers: Iterable[tuple[str, str, str]], columns: int
     ) -> None:
-        """Writes a title, what is below it, and, large, numbers: the words, the number and the colour of each."""
+        """Writes a title, a subtitle, and numbers in large type.
+
+        Args:
+          margin: inches around the page.
+          title, subtitle: the text.
+          numbers: (label, number, colour) of each.
+          columns: number of columns that share the width.
+        """
         self.text(margin, margin - 0.1, title, size=12, weight="bold")
         self.text(margin, margin + 0.16, subtitle, color=FAINT)
-        for i, (words, number, colour) in enumerate(numbers):
+        for i, (label, number, colour) in enumerate(numbers):
             x = margin + i * (self.width - 2 * margin) / columns
             self.text(x, margin + 0.48, number, size=18, weight="bold", color=colour)
-            self.text(x, margin + 0.84, words, color=FAINT)
+            self.text(x, margin + 0.84, label, color=FAINT)
 
-    def axes(self, x: float, y: float, width: float, height: float) -> Axes:
-        """Makes axes."""
-        place = (x / self.width, 1 - (y + height) / self.height, width / self.width, height / self.height)
-        return self.figure.add_axes(place)
+    def axes(self, x: float, y: float, width: float, height: float) -> Any:
+        """Adds matplotlib axes of `width` x `height` inches at (x, y)."""
+        box = (x / self.width, 1 - (y + height) / self.height, width / self.width, height / self.height)
+        return self.figure.add_axes(box)
 
     def picture(self, x: float, y: float, width: float, height: float, pixels: np.ndarray) -> None:
-        """Shows a picture, (H, W, 3)."""
+        """Shows `pixels` (H, W, 3) in `width` x `height` inches at (x, y)."""
         axes = self.axes(x, y, width, height)
         axes.imshow(pixels, aspect="auto")
         axes.set_axis_off()
 
-    def plot(self, x: float, y: float, width: float, height: float, title: str) -> Axes:
-        """Makes axes for curves, with a title above and a light grid."""
+    def plot(self, x: float, y: float, width: float, height: float, title: str) -> Any:
+        """Adds axes for curves, `width` x `height` inches at (x, y), with a title above and a light grid."""
         axes = self.axes(x, y, width, height)
         axes.tick_params(labelsize=8, colors=FAINT, length=0)
         axes.grid(color=GRID, linewidth=0.7)

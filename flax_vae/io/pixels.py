@@ -1,6 +1,4 @@
-"""Pixels as files hold them, uint8, and as a model sees them, floats in [-1, 1]; and the size of a clip for a model."""
-
-from __future__ import annotations
+"""Pixels as files hold them, uint8, and as models take them, floats in [-1, 1]; and the size of a clip for a model."""
 
 import re
 from fractions import Fraction
@@ -12,10 +10,15 @@ Size = tuple[int, int]
 
 
 def fit_size(height: int, width: int, multiple: int, size: int | Size | None = None) -> Size:
-    """Gives the (height, width) to bring a clip to: both divisible by `multiple`; what is over is to be cropped.
+    """Returns the (height, width) to bring a clip to, both divisible by `multiple`; what is over is to be cropped.
 
-    `size` is the short side in pixels, or (height, width), or None for the clip's own size. A clip smaller than
-    `multiple` is scaled up to it; a smaller `size` is a ValueError.
+    Args:
+      height, width: the clip's own size, in pixels; one smaller than `multiple` is scaled up to it.
+      multiple: the pixels of a latent, say.
+      size: the short side, or (height, width), or None for the clip's own size.
+
+    Raises:
+      ValueError: a `size` smaller than `multiple`; anything below 1.
     """
     if min(height, width, multiple) < 1:
         raise ValueError(f"height={height}, width={width}, multiple={multiple}: expected 1 or more each")
@@ -31,7 +34,7 @@ def fit_size(height: int, width: int, multiple: int, size: int | Size | None = N
 
 
 def parse_size(text: str | None) -> int | tuple[int, int] | None:
-    """Reads "256" as the short side and "288x512" as height and width."""
+    """Parses "256" as the short side and "288x512" as height and width."""
     if text is None:
         return None
     if not re.fullmatch(r"\d{1,6}(x\d{1,6})?", text):
@@ -41,7 +44,7 @@ def parse_size(text: str | None) -> int | tuple[int, int] | None:
 
 
 def is_only_cropped(size: Size, wanted: Size) -> bool:
-    """Tells whether frames are cropped, and not scaled first: larger by under a sixteenth, they stay sharp so."""
+    """Whether frames are cropped without scaling, which keeps them sharp: both sides larger by under a sixteenth."""
     return all(0 <= 16 * (have - want) < have for have, want in zip(size, wanted, strict=True))
 
 

@@ -1,8 +1,7 @@
 """The port: torch's tensor names and axis orders <-> ours, for any module whose layers own their leaf rules.
 
-The key of a parameter is its attribute path in our module, but for the last name: that name and the order of the axes
-are what the layer that holds it calls `torch`. A model's `layouts` turn keys into the names of the files that people
-have, such as diffusers' or the authors'.
+The key of a parameter is its attribute path in our module, except for the last name: that name, and the order of the
+axes, are what its layer's `torch` says. A model's `layouts` map keys to the names in files: diffusers' or the authors'.
 """
 
 import re
@@ -17,12 +16,12 @@ from jaxtyping import DTypeLike
 
 from flax_vae.io.weights import DTYPES, Arrays, Spec, Tensors
 
-Layout = Callable[[str], str]  # key of ours -> name of the tensor in a file
+Layout = Callable[[str], str]  # our key -> name of the tensor in a file
 WRAPPERS = re.compile(r"^(?:module\.|vae\.)+")
 
 
 class Parameter(NamedTuple):
-    """A parameter of ours, where it is, and its axes in torch's order."""
+    """A parameter, its attribute path, and our axes in torch's order."""
 
     path: tuple[Any, ...]
     variable: nnx.Param
@@ -30,34 +29,34 @@ class Parameter(NamedTuple):
 
     @property
     def torch_shape(self) -> tuple[int, ...]:
-        """The shape that torch has."""
+        """Its shape in torch."""
         return tuple(self.variable.shape[axis] for axis in self.axes)
 
 
 def same_names(key: str) -> str:
-    """Names the layout of modules whose attribute paths are the names in a file."""
+    """The layout of files whose names are our keys."""
     return key
 
 
 def layouts_of(module: nnx.Module) -> Mapping[str, Layout]:
-    """Returns the layouts that a module knows, the first of which is written."""
+    """Returns the layouts that a module reads; the first one is written."""
     return getattr(module, "layouts", {"diffusers": same_names})
 
 
 def parameters(module: nnx.Module) -> dict[str, Parameter]:
-    """Returns every parameter by its key; ValueError names those for which their layer has no rule."""
+    """Returns every parameter by its key; ValueError names those whose layer has no leaf rule."""
     nodes = dict(nnx.iter_graph(module))
-    found, strange = {}, []
+    found, unknown = {}, []
     for path, variable in nodes.items():
         if isinstance(variable, nnx.Param):
             layer = nodes[path[:-1]]
             name, axes = getattr(layer, "torch", {}).get(str(path[-1]), (None, ()))
             if name is None or len(axes) != len(variable.shape):
-                strange.append(f"{dotted(path)} {variable.shape} of a {type(layer).__name__}")
+                unknown.append(f"{dotted(path)} {variable.shape} of a {type(layer).__name__}")
             else:
                 found[dotted((*path[:-1], name))] = Parameter(path, variable, axes)
-    if strange:
-        raise ValueError(f"no rule says what torch calls {', '.join(strange)}: add it to the layer's `torch`")
+    if unknown:
+        raise ValueError(f"no rule says what torch calls {', '.join(unknown)}: add it to the layer's `torch`")
     return found
 
 
@@ -67,23 +66,23 @@ def dotted(path: tuple[Any, ...]) -> str:
 
 
 def named_tensors(module: nnx.Module, state: nnx.State | None = None) -> Arrays:
-    """Returns the parameters of a module in its first layout, with torch's axis order, each made when it is read.
+    """Returns a module's parameters in its first layout and torch's axis order, each converted when it is read.
 
-    With `state`, such as gradients, its values stand for the parameters of the same paths; ValueError when they are
-    not exactly the module's.
+    With `state`, such as gradients, its values take the place of the parameters; ValueError unless its paths are
+    exactly the module's.
     """
     layout = next(iter(layouts_of(module).values()))
     ours = {layout(key): parameter for key, parameter in parameters(module).items()}
     values = dict(nnx.to_flat_state(nnx.state(module, nnx.Param) if state is None else state))
-    if astray := values.keys() ^ {p.path for p in ours.values()}:
-        paths = ", ".join(sorted(map(dotted, astray)))
+    if stray := values.keys() ^ {p.path for p in ours.values()}:
+        paths = ", ".join(sorted(map(dotted, stray)))
         raise ValueError(f"the state must hold exactly the parameters of the module; only one of them holds {paths}")
     arrays = {path: x.get_value() if isinstance(x, nnx.Variable) else x for path, x in values.items()}
     return Arrays({key: arrays[p.path] for key, p in ours.items()}, {key: p.axes for key, p in ours.items()})
 
 
 def torch_layout(module: nnx.Module, state: nnx.State | None = None) -> dict[str, np.ndarray]:
-    """Returns what `named_tensors` names, all at once, as arrays of their own."""
+    """Returns what `named_tensors` names, all at once, as copies."""
     tensors = named_tensors(module, state)
     return {key: np.array(tensors.read(key), order="C") for key in tensors.shapes()}
 
@@ -113,10 +112,9 @@ def load(module: nnx.Module, source: Tensors, dtype: DTypeLike = jnp.float32) ->
 
 
 def match(module: nnx.Module, shapes: Mapping[str, Spec]) -> dict[str, str]:
-    """Returns the source's name of every key of the module, in the layout that fits best.
+    """Returns the source's name of every key of a module, in the layout that shares most names with the source.
 
-    Raises ValueError, listing all problems at once, unless each key has exactly one tensor that fits, and no other
-    tensor is left.
+    Raises ValueError, which lists all problems at once, unless that is a bijection between keys and tensors.
     """
     ours = parameters(module)
     layouts = [{layout(key): key for key in ours} for layout in layouts_of(module).values()]
@@ -139,7 +137,7 @@ def match(module: nnx.Module, shapes: Mapping[str, Spec]) -> dict[str, str]:
 
 
 def unwrapped(shapes: Mapping[str, Spec], known: Collection[str] = ()) -> dict[str, list[str]]:
-    """Returns the names in a source by what they are without wrappers; `known` names stay as they are.
+    """Returns the names in a source by their names without wrappers; `known` names stay as they are.
 
     Beside tensors under `vae.`, those under `loss.` are other parts of a training checkpoint, and are left out.
     """
@@ -154,14 +152,14 @@ def unwrapped(shapes: Mapping[str, Spec], known: Collection[str] = ()) -> dict[s
 
 
 def without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns a shape without the ones at its end."""
+    """Returns a shape without its trailing ones."""
     while shape and shape[-1] == 1:
         shape = shape[:-1]
     return shape
 
 
 def checked_dtype(dtype: DTypeLike) -> np.dtype:
-    """Returns the dtype for weights; ValueError for one that weights or this jax cannot have."""
+    """Returns a dtype of weights; ValueError for one that weights cannot have, or that jax has disabled."""
     dtype = np.dtype(dtype)
     if dtype.name not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype.name}")
@@ -182,16 +180,17 @@ def cast(key: str, tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
 def fill_random_state(module: nnx.Module) -> None:
     """Fills abstract random state, such as that of dropout: each key gets its own value, counts get 0.
 
-    Raises ValueError for other variables that have no value, since no checkpoint holds them.
+    Raises ValueError for other variables without a value: no checkpoint holds them.
     """
     for index, (path, variable) in enumerate(nnx.iter_graph(module)):
         if not isinstance(variable, nnx.Variable) or isinstance(variable, nnx.Param):
             continue
-        if isinstance(value := variable.get_value(), jax.ShapeDtypeStruct):
-            if isinstance(variable, nnx.RngKey):
-                variable.set_value(jax.random.split(jax.random.fold_in(jax.random.key(0), index), value.shape))
-            elif isinstance(variable, nnx.RngCount):
-                variable.set_value(jnp.zeros(value.shape, value.dtype))
-            else:
-                name = f"{'.'.join(map(str, path))}, a {type(variable).__name__},"
-                raise ValueError(f"{name} has no value: build the module without nnx.eval_shape")
+        if not isinstance(value := variable.get_value(), jax.ShapeDtypeStruct):
+            continue
+        if isinstance(variable, nnx.RngKey):
+            variable.set_value(jax.random.split(jax.random.fold_in(jax.random.key(0), index), value.shape))
+        elif isinstance(variable, nnx.RngCount):
+            variable.set_value(jnp.zeros(value.shape, value.dtype))
+        else:
+            what = f"{dotted(path)}, a {type(variable).__name__},"
+            raise ValueError(f"{what} has no value: build the module without nnx.eval_shape")

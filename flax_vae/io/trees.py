@@ -1,7 +1,5 @@
 """Nested tuples of arrays, such as the carry of a stream, as a safetensors file."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,17 +11,22 @@ import numpy as np
 from flax_vae.io.files import PathLike, replacing
 from flax_vae.io.weights import DTYPES, Arrays, SafetensorsFile, write_safetensors
 
-TREE = "tree"  # the entry of the metadata that says how the tuples are nested
+TREE = "tree"  # key of the metadata that holds the nesting of the tuples, as JSON
 
 
 def save_tree(path: PathLike, tree: Any, about: Mapping[str, str] | None = None) -> None:
-    """Writes nested tuples of floating-point arrays, or None, and the texts `about` it.
+    """Writes nested tuples of floating-point arrays, or None; the file takes its name when it is complete.
 
-    The file takes its name when it is complete. Raises ValueError for anything else in the tree, and for a text of the
-    name "tree", which is taken.
+    Args:
+      path: the file.
+      tree: the tuples.
+      about: texts by name, for the header.
+
+    Raises:
+      ValueError: anything else in the tree; a text named "tree".
     """
     if TREE in (about or {}):
-        raise ValueError(f"{path}: a text cannot be named {TREE!r}, which is where the tree is described")
+        raise ValueError(f"{path}: a text cannot be named {TREE!r}, where the nesting of the tree is kept")
     leaves: dict[str, Any] = {}
 
     def named(node: Any) -> Any:
@@ -42,7 +45,7 @@ def save_tree(path: PathLike, tree: Any, about: Mapping[str, str] | None = None)
 
 
 def load_tree(path: PathLike) -> tuple[Any, dict[str, str]]:
-    """Reads what `save_tree` has written: the tree, with numpy arrays, and the texts about it, to the same bits.
+    """Reads what `save_tree` wrote, to the same bits: the tree, of numpy arrays, and the texts about it.
 
     Raises FileNotFoundError, or ValueError for a file that is damaged or something else.
     """

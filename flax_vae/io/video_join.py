@@ -1,6 +1,4 @@
-"""Puts the pieces of a video together, with the sound of another file beside them; pictures are not compressed anew."""
-
-from __future__ import annotations
+"""Joins the pieces of a video, with the sound of another file beside them, without compressing pictures again."""
 
 import contextlib
 import heapq
@@ -9,24 +7,31 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
+from av.error import FFmpegError
+
 from flax_vae.io.files import PathLike, replacing
 from flax_vae.io.video_reader import as_fraction, pictures
 from flax_vae.io.video_writer import written_rate
 
-# Sound that players find in these containers, where other sound becomes AAC; Matroska holds all there is.
+# Codecs of sound that players find in these containers, for which others become AAC; Matroska holds all.
 PLAYABLE = {"mov": {"aac", "ac3", "alac", "mp3"}, "mp4": {"aac", "ac3", "alac", "eac3", "flac", "mp3", "opus"}}
 Timed = Iterator[tuple[Fraction, Any]]  # packets, with their times in seconds
 
 
 def join(path: PathLike, pieces: Sequence[Path], fps: Fraction, sound: PathLike | None = None) -> None:
-    """Writes the frames of `pieces`, which one kind of `VideoWriter` has made, as one video.
+    """Writes pieces of a video as one; the file takes its name when it is complete.
 
-    The sound tracks of the file `sound` go with it, up to the end of the pictures: as they are, or as AAC where
-    players would not find them in such a file. The file takes its name when it is complete. Raises ValueError where
-    pieces do not continue each other, or where the sound cannot be read.
+    Args:
+      path: the file.
+      pieces: files of one kind of `VideoWriter`.
+      fps: their frames per second.
+      sound: a file whose sound tracks go with them, up to the end of the pictures: as they are, or as AAC where players
+        would not find them in such a file.
+
+    Raises:
+      ValueError: pieces that do not continue each other; sound that cannot be read.
     """
-    import av
-
     fps = written_rate(fps)
     with contextlib.ExitStack() as stack:
         part = stack.enter_context(replacing(path))
@@ -42,9 +47,7 @@ def join(path: PathLike, pieces: Sequence[Path], fps: Fraction, sound: PathLike 
 
 @contextlib.contextmanager
 def _named(sound: PathLike) -> Iterator[None]:
-    """Has FFmpeg's errors name the file."""
-    from av.error import FFmpegError
-
+    """Makes FFmpeg's errors name the file."""
     try:
         yield
     except FFmpegError as error:
@@ -52,8 +55,6 @@ def _named(sound: PathLike) -> Iterator[None]:
 
 
 def _pictures(target, pieces: Sequence[Path], fps: Fraction) -> tuple[Timed, int]:
-    import av
-
     counts, headers = [], []
     for piece in pieces:
         with av.open(f"file:{piece}") as source:
@@ -67,14 +68,16 @@ def _pictures(target, pieces: Sequence[Path], fps: Fraction) -> tuple[Timed, int
 
     def packets() -> Timed:
         before = 0
-        ahead: Any = None  # how long before it is shown a frame is decoded
+        lead: Any = None  # of decoding before showing, where frames are reordered
         for piece, count in zip(pieces, counts, strict=True):
             with av.open(f"file:{piece}") as source:
                 for i, packet in enumerate(source.demux(source.streams.video[0])):
                     if packet.pts is not None:
                         tick = as_fraction(packet.time_base)
-                        ahead = packet.dts if ahead is None else ahead
-                        packet.dts = ahead + round(i / fps / tick)  # a piece of one or two frames has no such time
+                        lead = packet.dts if lead is None else lead
+                        packet.dts = lead + round(
+                            i / fps / tick
+                        )  # its own lacks this lead in a piece of one or two frames
                         yield _moved(packet, out, before / fps)
             before += count
 
@@ -91,35 +94,30 @@ def _sound(target, source, sound: PathLike, end: Fraction) -> Timed:
             outs[track.index] = target.add_stream_from_template(track)
         else:
             outs[track.index] = encoders[track.index] = target.add_stream("aac", rate=track.rate)
-            # raw sound may come without saying which channel is which
+            # raw sound need not state which channel is which
             outs[track.index].codec_context.layout = "stereo" if codec.layout.nb_channels == 2 else codec.layout
     start = _start(sound)
 
     def packets() -> Timed:
-        left = set(outs)  # tracks that are not at the end
-        for packet in source.demux(*source.streams.audio):
-            index = packet.stream.index
-            for ready in _encoded(packet, encoders[index]) if index in encoders else [packet]:
-                if ready.pts is None:
-                    continue
-                if ready.pts * as_fraction(ready.time_base) - start < end:
-                    yield _moved(ready, outs[index], -start)
-                else:
-                    left.discard(index)
-            if not left:
-                return
-
-    def named() -> Timed:
+        left = set(outs)  # tracks that have not ended
         with _named(sound):
-            yield from packets()
+            for packet in source.demux(*source.streams.audio):
+                index = packet.stream.index
+                for ready in _encoded(packet, encoders[index]) if index in encoders else [packet]:
+                    if ready.pts is None:
+                        continue
+                    if ready.pts * as_fraction(ready.time_base) - start < end:
+                        yield _moved(ready, outs[index], -start)
+                    else:
+                        left.discard(index)
+                if not left:
+                    return
 
-    return named() if outs else iter(())
+    return packets() if outs else iter(())
 
 
 def _start(path: PathLike) -> Fraction:
-    """Gives the second at which the first frame is shown; a header tells that of a packet that may not decode."""
-    import av
-
+    """Returns the second at which the first frame is shown; the header's is that of a packet, which may not decode."""
     with av.open(f"file:{path}") as source:
         for frame in source.decode(*pictures(source)[:1]):
             if frame.pts is not None:
@@ -135,7 +133,7 @@ def _encoded(packet, encoder) -> Iterator[Any]:
 
 
 def _moved(packet, out, seconds: Fraction) -> tuple[Fraction, Any]:
-    """Gives a packet its place in another file, and the time at which it is decoded there."""
+    """Moves a packet to a stream of another file, by `seconds`; returns its decoding time there, and it."""
     tick = as_fraction(packet.time_base)
     ticks = round(seconds / tick)
     packet.pts, packet.stream = packet.pts + ticks, out

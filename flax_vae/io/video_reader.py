@@ -1,9 +1,7 @@
-"""Reads video files and images through PyAV (FFmpeg), frame by frame.
+"""Reads video files and images through PyAV (FFmpeg), frame by frame: T frames, H W pixels, always RGB.
 
-T frames, H W pixels, always RGB.
+PyAV is imported inside functions: this module also loads where it is not installed.
 """
-
-from __future__ import annotations
 
 import contextlib
 import dataclasses
@@ -20,19 +18,18 @@ import numpy as np
 from flax_vae.io.files import PathLike
 from flax_vae.io.pixels import Size, is_only_cropped
 
-UNREADABLE = (ValueError, OSError)  # what reading raises for a clip that is damaged, missing or something else
+UNREADABLE = (ValueError, OSError)  # what reading raises for a clip that is damaged, missing or no clip
 
 
 @dataclasses.dataclass(frozen=True)
 class VideoInfo:
-    """Upright size in pixels, frames per second (a nominal 25 for an image), frame count if the file states it, the
-    codecs of its sound, and whether it is an image."""
+    """What a file says of its clip."""
 
-    width: int
+    width: int  # upright, in pixels
     height: int
-    fps: Fraction
-    frames: int | None
-    sound: tuple[str, ...] = ()
+    fps: Fraction  # frames per second, a nominal 25 for an image
+    frames: int | None  # None where the file does not state their number
+    sound: tuple[str, ...] = ()  # codecs of its sound tracks
     is_image: bool = False
 
 
@@ -50,13 +47,21 @@ def probe(path: PathLike) -> VideoInfo:
 def read_frames(
     path: PathLike, size: Size | None = None, frames: int | None = None, start: int = 0
 ) -> Iterator[np.ndarray]:
-    """Yields the uint8 (H, W, 3) frames of a clip, or the one of an image, upright; at most `frames` of them.
+    """Yields the uint8 (H, W, 3) frames of a clip, or the one of an image, upright.
 
-    The `start` frames before them are left out.
-    With `size` = (height, width) a frame is scaled to cover it and centre-cropped; one larger by under a sixteenth on
-    both sides is only cropped, and so stays sharp. Without, all get the first one's size. Pixel aspect is ignored.
-    A damaged or shortened file gives its frames up to the damage, then ValueError. What goes unseen: up to two frames
-    missing at the end, and a cut between two frames in a format that does not state its length (.ts, .gif).
+    What goes unnoticed: up to two frames missing at the end, and a cut between two frames in a format that does not
+    state its length (.ts, .gif).
+
+    Args:
+      path: the file.
+      size: (height, width); frames are scaled to cover it and centre-cropped, or only cropped, which keeps them sharp,
+        where both sides are larger by under a sixteenth. None: all get the size of the first. Pixel aspect is ignored.
+      frames: number to read at most.
+      start: number of frames to skip before them.
+
+    Raises:
+      FileNotFoundError, ValueError: a missing file; one that is no clip; for a damaged or shortened one, after its last
+        whole frame.
     """
     if frames is not None and frames < 1:
         raise ValueError(f"frames={frames}: expected 1 or more, or None for the whole clip")
@@ -69,7 +74,7 @@ def read_frames(
 
 
 def read_clip(path: PathLike, size: Size | None = None, frames: int | None = None) -> np.ndarray:
-    """Reads what `read_frames` yields into one uint8 (T, H, W, 3) array."""
+    """Reads a clip as one uint8 array (T, H, W, 3); arguments and errors are those of `read_frames`."""
     return np.stack(list(read_frames(path, size, frames)))
 
 
@@ -78,16 +83,23 @@ def draw_frames(
     frames: int,
     size: Size,
     moment: float = 0.0,
-    place: tuple[float, float] = (0.5, 0.5),
+    position: tuple[float, float] = (0.5, 0.5),
     fps: Fraction | float | None = None,
     zoom: float = 1.0,
 ) -> np.ndarray:
-    """Reads `frames` frames from anywhere in a clip, as uint8 (T, H, W, 3), upright.
+    """Reads frames from anywhere in a clip, as uint8 (T, H, W, 3), upright.
 
-    `moment` is 0 for the first frames, near 1 for the last ones; with `fps` those are taken that a viewer would see at
-    so many a second, without every one in a row. Frames are scaled to cover `size` = (height, width), or `zoom` times
-    that where they are so large, and cropped at `place`, (0, 0) for the top left, (1, 1) for the bottom right. Raises
-    ValueError for a clip that is damaged there, or has not so many frames.
+    Args:
+      path: the file.
+      frames: number of frames.
+      size: (height, width); frames are scaled to cover it, and cropped.
+      moment: 0 for the first frames, near 1 for the last ones.
+      position: of the crop, (0, 0) for the top left, (1, 1) for the bottom right.
+      fps: the rate to sample frames at, at most the clip's own.
+      zoom: scales frames to cover this many times `size`, where they are large enough.
+
+    Raises:
+      ValueError: a clip that is damaged there, or too short.
     """
     with _open(path) as (container, stream):
         rate = _rate(stream)
@@ -104,21 +116,21 @@ def draw_frames(
         drawn: list[np.ndarray] = []
         for number, frame in _numbered(path, container, stream, rate):
             while len(drawn) < frames and number >= first + offsets[len(drawn)]:
-                drawn.append(_upright_pixels(frame, size, place, zoom))
+                drawn.append(_upright_pixels(frame, size, position, zoom))
             if len(drawn) == frames:
                 return np.stack(drawn)
         raise ValueError(f"{path}: damaged or cut short, {len(drawn)} of the frames from {first} on can be read")
 
 
 def _numbered(path, container, stream, rate):
-    """Yields decoded frames, after a seek too, with their places in the clip, by their times."""
+    """Yields decoded frames with their numbers in the clip, which after a seek only their times tell."""
     begin, tick = stream.start_time or 0, as_fraction(stream.time_base)
     for number, frame in enumerate(_decode(path, container, stream)):
         yield (number if frame.pts is None else round((frame.pts - begin) * tick * rate)), frame
 
 
 def _frame_count(container, stream):
-    """Counts the frames: as stated, or by the stated length, or by reading through the file."""
+    """Counts frames: as stated, by the stated length, or by reading through the file."""
     if stream.frames:
         return stream.frames
     stated = _stated_end(container, stream)
@@ -130,7 +142,7 @@ def _frame_count(container, stream):
 
 
 def accurate():
-    """Gives how to convert between RGB and YUV: the default is quicker, and makes 253 of white."""
+    """Returns how to convert between RGB and YUV: the default is faster, and turns white into 253."""
     from av.video.reformatter import Interpolation
 
     return Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
@@ -151,7 +163,7 @@ def _open(path):
     from av.error import FFmpegError
 
     _check_source(path)
-    # a title that is not UTF-8 is no reason to refuse the pictures; PyAV 19 lets it pass by itself
+    # a title that is not UTF-8 must not make the pictures unreadable; PyAV 19 replaces its bytes by itself
     options: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
     try:  # "file:" keeps a name such as a:b.mp4 from being taken for a protocol
         container = av.open(f"file:{os.fspath(path)}", **options)
@@ -176,7 +188,7 @@ def _read(path, size, start, end):
 
 
 def _decode(path, container, stream):
-    """Yields frames to the first sign of damage, then raises: the decoder itself would go on and make up pixels."""
+    """Yields frames up to the first sign of damage, then raises: the decoder itself would go on and invent pixels."""
     from av.error import FFmpegError
 
     count, end = 0, Fraction(0)
@@ -198,7 +210,7 @@ def _decode(path, container, stream):
         if stated is not None and stated - end > 2 / _rate(stream):
             raise ValueError(f"{float(stated):.2f} s long by its header, but ends at {float(end):.2f} s")
     except (FFmpegError, ValueError) as error:
-        with contextlib.suppress(FFmpegError):  # whole frames may still wait in the decoder for their turn
+        with contextlib.suppress(FFmpegError):  # the decoder may hold back whole frames, to reorder them
             for frame in itertools.takewhile(lambda frame: not frame.is_corrupt, stream.codec_context.decode(None)):
                 count += 1
                 yield frame
@@ -207,7 +219,7 @@ def _decode(path, container, stream):
 
 
 def _stated_end(container, stream):
-    """The second at which the stream ends by its header; None where the header is silent and FFmpeg only guesses."""
+    """Returns the second at which the stream ends by its header; None where FFmpeg would only estimate it."""
     if "mp4" in container.format.name and stream.duration:
         return ((stream.start_time or 0) + stream.duration) * as_fraction(stream.time_base)
     if "matroska" in container.format.name:
@@ -223,7 +235,7 @@ def _is_image(container):
 
 
 def _is_cut_jpeg(data):
-    """FFmpeg paints what is missing grey, so look for the end marker, which cannot occur inside the last scan."""
+    """Whether the end marker, which cannot occur inside a scan, is missing: FFmpeg fills what is cut off with grey."""
     return data.startswith(b"\xff\xd8") and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")
 
 
@@ -231,14 +243,14 @@ def _upright_size(frame):
     return (frame.width, frame.height) if _quarters(frame) % 2 else (frame.height, frame.width)
 
 
-def _upright_pixels(frame, size, place=(0.5, 0.5), zoom=1.0):
+def _upright_pixels(frame, size, position=(0.5, 0.5), zoom=1.0):
     height, width = _upright_size(frame)
     cover = max(size[0] / height, size[1] / width)
     scale = 1 if is_only_cropped((height, width), size) else max(cover, min(cover * zoom, 1))
     height, width = max(size[0], round(height * scale)), max(size[1], round(width * scale))
     stored = (width, height) if _quarters(frame) % 2 else (height, width)
     picture = frame.reformat(height=stored[0], width=stored[1], format="rgb24", interpolation=accurate())
-    top, left = (int(at * (have - want)) for at, have, want in zip(place, (height, width), size, strict=True))
+    top, left = (int(at * (have - want)) for at, have, want in zip(position, (height, width), size, strict=True))
     pixels = np.rot90(picture.to_ndarray(), _quarters(frame))
     return np.ascontiguousarray(pixels[top : top + size[0], left : left + size[1]])
 
@@ -248,14 +260,14 @@ def _quarters(frame):
 
 
 def pictures(container: Any) -> list[Any]:
-    """Gives the streams of a PyAV container that are videos, the first of which is read, not covers of sound."""
+    """Lists the video streams of a PyAV container, without pictures that are covers of sound; the first one is read."""
     from av.stream import Disposition
 
     return [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
 
 
 def as_fraction(rational: Any) -> Fraction:
-    """Gives FFmpeg's kind of fraction as Python's."""
+    """Converts a fraction of PyAV."""
     return Fraction(rational.numerator, rational.denominator)  # PyAV 19 has a type of its own
 
 

@@ -1,14 +1,9 @@
-"""Writes video files, frame by frame and without sound, and images, through PyAV (FFmpeg).
-
-T frames, H W pixels, always RGB.
-"""
-
-from __future__ import annotations
+"""Writes video files, frame by frame and without sound, and images, through PyAV (FFmpeg): H W pixels, always RGB."""
 
 import contextlib
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -16,17 +11,25 @@ from flax_vae.io.files import PathLike, check_target, replacing
 from flax_vae.io.video_reader import accurate
 
 SUFFIXES = (".mp4", ".mkv", ".mov")
-# The same frames must always give the same bytes. With its macroblock tree x264 gives others in one run of some dozens,
-# as if it read memory nobody wrote; and it splits its work by the number of its threads, so that is not the machine's.
-STEADY = {"mbtree": "0", "threads": "4"}
+# The same frames must give the same bytes. With x264's macroblock tree one run in some dozens gives others, as if it
+# read uninitialised memory; and x264 splits its work by the number of threads, which must not be the machine's.
+DETERMINISTIC = {"mbtree": "0", "threads": "4"}
 
 
 class VideoWriter:
     """Writes uint8 RGB frames to an H.264 file that takes its name, or replaces an older one, only when complete.
 
-    `with VideoWriter(path, fps, height, width) as writer: writer.write(frames)`. By default yuv420p, BT.709, CRF 16:
-    plays everywhere, needs even sizes. `lossless` is RGB: exact, any size, larger, played by few. ValueError for a
-    suffix other than .mp4, .mkv, .mov, or where no frame was written; FileNotFoundError for a missing folder.
+    `with VideoWriter(path, fps, height, width) as writer: writer.write(frames)`
+
+    Args:
+      path: of a file .mp4, .mkv or .mov.
+      fps: frames per second.
+      height, width: size in pixels.
+      lossless: RGB: exact, any size, larger, played by few; otherwise yuv420p, BT.709, CRF 16: even sizes, played by
+        all.
+
+    Raises:
+      ValueError: another suffix, rate or size; at the end, no frame was written. FileNotFoundError: a missing folder.
     """
 
     def __init__(self, path: PathLike, fps: Fraction | float, height: int, width: int, lossless: bool = False):
@@ -40,7 +43,7 @@ class VideoWriter:
             raise ValueError(f"{height}x{width}: yuv420p needs an even height and width; crop, or use lossless=True")
         self.fps = written_rate(fps)
 
-    def __enter__(self) -> VideoWriter:
+    def __enter__(self) -> Self:
         import av
 
         with contextlib.ExitStack() as stack:
@@ -49,7 +52,7 @@ class VideoWriter:
             self._stream: Any = self._container.add_stream("libx264rgb" if self.lossless else "libx264", rate=self.fps)
             self._stream.height, self._stream.width, _ = self.shape
             self._stream.pix_fmt = "rgb24" if self.lossless else "yuv420p"
-            self._stream.options = {"qp": "0"} | STEADY if self.lossless else {"crf": "16"} | STEADY
+            self._stream.options = {"qp": "0"} | DETERMINISTIC if self.lossless else {"crf": "16"} | DETERMINISTIC
             if not self.lossless:
                 codec = self._stream.codec_context
                 codec.colorspace = codec.color_primaries = codec.color_trc = codec.color_range = 1  # BT.709, limited
@@ -87,7 +90,7 @@ class VideoWriter:
 
 
 def written_rate(fps: Fraction | float) -> Fraction:
-    """Gives the frames per second that a file gets: 30000/1001 for 29.97002997."""
+    """Returns the frames per second that a file gets: 30000/1001 for 29.97002997."""
     return Fraction(fps).limit_denominator(1001)
 
 

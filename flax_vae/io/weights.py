@@ -1,6 +1,6 @@
 """Weights files: tensors by name, read and written one at a time.
 
-No file can run code: .bin, .pt and .pth files may hold nothing but plain tensors.
+No file can run code: of .bin, .pt and .pth files only plain tensors are accepted.
 """
 
 import json
@@ -22,35 +22,35 @@ Spec = tuple[tuple[int, ...], str]  # a tensor's shape and the name of its dtype
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # and what safetensors calls them
 FORMAT = {"format": "pt"}  # what other libraries look for in the metadata of weights
 CONTAINERS = ("model", "state_dict")  # where training checkpoints keep the weights
-MAPPED_LIMIT = 2**26  # bytes read of a torch file before it is opened anew
+MAPPED_LIMIT = 2**26  # bytes read of a torch file before it is reopened
 
 
 class Tensors(Protocol):
     """Tensors by name, read one at a time."""
 
     def shapes(self) -> Mapping[str, Spec]:
-        """Gives every tensor's shape and the name of its dtype, without reading any."""
+        """Returns every tensor's shape and the name of its dtype, without reading any."""
         ...
 
     def read(self, key: str) -> np.ndarray:
-        """Gives one tensor."""
+        """Reads one tensor."""
         ...
 
 
 class Arrays:
-    """Tensors in memory by torch key; each gets torch's axis order, given by `axes`, when it is read."""
+    """Tensors in memory by name; each is transposed to torch's axis order, `axes`, when it is read."""
 
     def __init__(self, arrays: Mapping[str, Any], axes: Mapping[str, tuple[int, ...]] | None = None):
         self._arrays = arrays
         self._axes = {key: tuple(range(array.ndim)) for key, array in arrays.items()} if axes is None else axes
 
     def shapes(self) -> dict[str, Spec]:
-        """Gives every tensor's shape, in torch's axis order, and the name of its dtype."""
+        """Returns every tensor's shape, in torch's axis order, and the name of its dtype."""
         arrays, axes = self._arrays, self._axes
         return {key: (tuple(arrays[key].shape[axis] for axis in axes[key]), arrays[key].dtype.name) for key in arrays}
 
     def read(self, key: str) -> np.ndarray:
-        """Gives one tensor, in torch's axis order."""
+        """Returns one tensor, in torch's axis order."""
         return np.asarray(self._arrays[key]).transpose(self._axes[key])
 
 
@@ -67,20 +67,20 @@ class SafetensorsFile:
             self.metadata: dict[str, str] = file.metadata() or {}
 
     def read(self, key: str) -> np.ndarray:
-        with self._open() as file:  # anew for every tensor: what was read of an open file stays in memory
+        """Reads one tensor."""
+        with self._open() as file:  # reopened for every tensor: pages read of a mapped file stay in memory
             return file.get_tensor(key)
 
     def _open(self):
         try:
             return safe_open(self.path, framework="numpy")
         except SafetensorError as error:
-            raise ValueError(
-                f"{self.path} is not valid safetensors ({error}); it looks like {kind(self.path)}"
-            ) from None
+            what = f"{self.path} is not valid safetensors ({error}); it looks like {kind(self.path)}"
+            raise ValueError(what) from None
 
 
 class TorchFile:
-    """The tensors of one .bin, .pt or .pth file; a file from before torch 1.6 is held in memory whole."""
+    """The tensors of one .bin, .pt or .pth file; one from before torch 1.6 is held in memory whole."""
 
     def __init__(self, path: Path):
         self.path, self._is_mapped = path, zipfile.is_zipfile(path)
@@ -88,11 +88,12 @@ class TorchFile:
         self.specs = {key: (tuple(x.shape), str(x.dtype).removeprefix("torch.")) for key, x in self._tensors.items()}
 
     def read(self, key: str) -> np.ndarray:
+        """Reads one tensor."""
         import torch
 
         tensor = self._tensors[key].detach()
         self._bytes_read += tensor.nbytes
-        if self._is_mapped and self._bytes_read > MAPPED_LIMIT:  # what was read of an open file stays in memory
+        if self._is_mapped and self._bytes_read > MAPPED_LIMIT:  # pages read of a mapped file stay in memory
             self._open()
         if tensor.dtype == torch.bfloat16:
             return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
@@ -103,7 +104,7 @@ class TorchFile:
 
 
 def load_pickled(path: Path, is_mapped: bool) -> dict[str, Any]:
-    """Gives the tensors of a torch file by name, out of the containers of a training checkpoint."""
+    """Opens a torch file; returns its tensors by name, those of a training checkpoint out of their containers."""
     try:
         import torch
     except ImportError:
@@ -117,7 +118,7 @@ def load_pickled(path: Path, is_mapped: bool) -> dict[str, Any]:
         what = f"it holds a {found[1]}: save the state_dict alone" if found else f"it looks like {kind(path)}"
         raise ValueError(f"{path} is not plain torch tensors ({type(error).__name__}); {what}") from None
     content = content if isinstance(content, dict) else {type(content).__name__: content}
-    for _ in CONTAINERS:  # one may hold the other
+    for _ in CONTAINERS:  # one may be inside the other
         inner = [content[name] for name in CONTAINERS if isinstance(content.get(name), dict)]
         if len(inner) > 1:
             raise ValueError(f"{path} holds both {' and '.join(CONTAINERS)}: save the one that is meant alone")
@@ -127,17 +128,24 @@ def load_pickled(path: Path, is_mapped: bool) -> dict[str, Any]:
         is_tensor = isinstance(key, str) and isinstance(x, torch.Tensor)
         return is_tensor and x.layout == torch.strided and x.device.type == "cpu" and not x.is_quantized
 
-    others = [key for key, x in content.items() if not is_plain(key, x)]
-    if others:
+    if others := [key for key, x in content.items() if not is_plain(key, x)]:
         raise ValueError(f"{path} must hold plain tensors by name, got also {others}: save the state_dict alone")
     return content
 
 
 def write_safetensors(path: Path, tensors: Tensors, metadata: Mapping[str, str] = FORMAT) -> None:
-    """Writes tensors as safetensors, one by one; the library would need all of them in memory at once."""
+    """Writes tensors as safetensors, one at a time; the library would need all of them in memory at once.
+
+    Args:
+      path: the file.
+      tensors: read in the order of the file.
+      metadata: texts by name, for the header.
+    """
     shapes, end = tensors.shapes(), 0
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    keys = sorted(shapes, key=lambda key: (-np.dtype(shapes[key][1]).itemsize, key))  # wide ones first: all are aligned
+    keys = sorted(
+        shapes, key=lambda key: (-np.dtype(shapes[key][1]).itemsize, key)
+    )  # widest first, so that all are aligned
     for key in keys:
         shape, dtype = shapes[key]
         start, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize

@@ -1,10 +1,10 @@
-"""What every VAE's config can tell, and how a config.json is read: T frames, H W pixels; t h w of latents."""
+"""What every VAE's config can tell, and how a config.json is read: T frames, H W pixels; t h w z of latents."""
 
 from __future__ import annotations
 
 import types
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import Field, asdict, fields
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
@@ -25,33 +25,21 @@ class VAEConfig:
       streams: "exact", any chunks give the whole clip's result; "lookahead", exact but late: later frames are needed;
         "by_chunk", the family's own chunks are part of the function; "whole", no chunks.
       rounding: how latents count rows and columns that do not fill one: "up", "down", or "exact" where they must.
+      pixel_channels, latent_channels: channels of a pixel and of a latent.
+      temporal_factor, spatial_factor: frames that a latent spans, the first one apart; pixels on each side.
       sample_size: rows and columns of the clip that `flax-vae info` shows the latents of.
     """
 
     class_name: ClassVar[str]
     streams: ClassVar[Streams] = "exact"
     rounding: ClassVar[Rounding] = "up"
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]  # families are dataclasses
+
+    pixel_channels: int
+    latent_channels: int
+    temporal_factor: int
+    spatial_factor: int
     sample_size: int = 256
-
-    @property
-    def pixel_channels(self) -> int:
-        """Channels of a pixel."""
-        raise NotImplementedError
-
-    @property
-    def latent_channels(self) -> int:
-        """Channels of a latent."""
-        raise NotImplementedError
-
-    @property
-    def temporal_factor(self) -> int:
-        """Frames a latent spans, the first one apart."""
-        raise NotImplementedError
-
-    @property
-    def spatial_factor(self) -> int:
-        """Pixels a latent spans in height and in width."""
-        raise NotImplementedError
 
     @classmethod
     def from_dict(cls, values: Any) -> Self:
@@ -73,7 +61,7 @@ class VAEConfig:
     @classmethod
     def public_keys(cls) -> set[str]:
         """Returns the keys that a config.json may have."""
-        return {field.name for field in fields(cls)}  # type: ignore[arg-type]  # families are dataclasses
+        return {field.name for field in fields(cls)}
 
     @classmethod
     def from_json(cls, path: str | PathLike) -> Self:
@@ -86,13 +74,12 @@ class VAEConfig:
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, Spec]) -> Self:
-        """Reads a config off the names and shapes of weights that come without one; ValueError where it cannot be."""
+        """Reads the config off the names and shapes of weights without config.json; ValueError where it cannot be."""
         raise ValueError(f"the config of a {cls.class_name} cannot be read off its weights: give its config.json")
 
     def to_dict(self) -> dict[str, Any]:
         """Returns every public key, as a config.json holds them."""
-        values = asdict(self)  # type: ignore[call-overload]  # families are dataclasses
-        public = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        public = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
         return public | {"_class_name": self.class_name}
 
     def describe(self) -> tuple[list[str], list[tuple[str, ...]]]:
@@ -100,9 +87,9 @@ class VAEConfig:
         return ["", ""], [(key, str(value)) for key, value in self.to_dict().items() if not key.startswith("_")]
 
     def latent_frames(self, frames: int) -> int:
-        """Returns the latent frames of a clip of temporal_factor * k + 1 frames; ValueError for other numbers.
+        """Returns the latent frames of a clip of temporal_factor * k + 1 frames: k + 1; ValueError for other numbers.
 
-        The first frame is a latent of its own, every later `temporal_factor` frames are one more.
+        The first frame is a latent of its own, every `temporal_factor` later frames are one more.
         """
         factor = self.temporal_factor
         if frames < 1 or (frames - 1) % factor:
@@ -112,25 +99,30 @@ class VAEConfig:
         return (frames - 1) // factor + 1
 
     def pixel_frames(self, latents: int) -> int:
-        """Returns the frames that `latents` latent frames decode to; ValueError when there is no latent."""
+        """Returns the frames that `latents` latent frames decode to; ValueError where there is no latent."""
         if latents < 1:
             raise ValueError(f"expected at least one latent frame, got {latents}")
         return self.temporal_factor * (latents - 1) + 1
 
     def chunk_frames(self, latents: int) -> int:
-        """Returns the frames of a chunk of so many latents later in a stream; 0 stands for the first frame's chunk."""
+        """Returns the frames of a later chunk of a stream with `latents` latents; 1, a first chunk, for 0."""
         return max(latents * self.temporal_factor, 1)
 
     def frame_law(self, start: bool = True) -> str:
-        """Returns in words which clips, or later chunks, make whole latents: 8k + 1, or 8k."""
+        """Returns, as text, the lengths that make whole latents: 8k + 1 at the start of a stream, 8k later."""
         return f"{self.temporal_factor}k + 1" if start else f"{self.temporal_factor}k"
 
     def fitted_frames(self, frames: int, extra_frames: ExtraFrames, start: bool = True) -> int:
-        """Returns how many frames to make of the last `frames` of a stream so that whole latents come of them.
+        """Returns the number of frames to encode, of which whole latents come, in place of `frames`.
 
-        At the start of a stream that is temporal_factor * k + 1, later temporal_factor * k. "error" raises ValueError
-        for other numbers; "pad" rounds up, the last frame is to be repeated; "trim" rounds down, the last frames are to
-        be left out.
+        Args:
+          frames: those that are left of the stream.
+          extra_frames: for frames that do not complete a latent, "pad" rounds up (the last frame is to be repeated),
+            "trim" rounds down (they are to be left out), "error" raises.
+          start: whether these frames start the stream: temporal_factor * k + 1 fit, otherwise temporal_factor * k.
+
+        Raises:
+          ValueError: frames that do not fit, with "error"; another policy.
         """
         if extra_frames not in get_args(ExtraFrames):
             raise ValueError(f"extra_frames must be one of {', '.join(get_args(ExtraFrames))}, got {extra_frames!r}")
@@ -152,7 +144,11 @@ class VAEConfig:
         return frames
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """Returns (t, h, w, channels) of a clip's latents; ValueError for frames or sizes without whole latents."""
+        """Returns the shape (t, h, w, z) of the latents of a clip.
+
+        Raises:
+          ValueError: frames that make no whole latents, or a size that makes none or, for `rounding` "exact", parts.
+        """
         if min(height, width) < 1:
             raise ValueError(f"a frame must have at least one pixel, got {height}x{width}")
         factor = self.spatial_factor
@@ -164,20 +160,20 @@ class VAEConfig:
         return self.latent_frames(frames), rows, columns, self.latent_channels
 
     def video_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """Returns (T, H, W, channels) of the clip that latents of this many frames, rows and columns decode to."""
-        rows, columns = (latents * self.spatial_factor for latents in (height, width))
-        return self.pixel_frames(frames), rows, columns, self.pixel_channels
+        """Returns the shape (T, H, W, C) of the clip that latents of `frames` x `height` x `width` decode to."""
+        factor = self.spatial_factor
+        return self.pixel_frames(frames), height * factor, width * factor, self.pixel_channels
 
 
 def type_problems(config: VAEConfig) -> list[str]:
     """Lists the keys of a config whose value has the wrong type."""
     hints = get_type_hints(type(config))
-    problems = []
-    for field in fields(config):  # type: ignore[arg-type]  # families are dataclasses
-        value, hint = getattr(config, field.name), hints[field.name]
-        if not fits(value, hint):
-            problems.append(f"{field.name} must be {type_name(hint)}, got {value!r}")
-    return problems
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    return [
+        f"{key} must be {type_name(hints[key])}, got {value!r}"
+        for key, value in values.items()
+        if not fits(value, hints[key])
+    ]
 
 
 def fits(value: Any, hint: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Latents as a diffusion model wants them: shifted and scaled, the first frame and the later ones apart."""
+"""Latents normalised for a diffusion model, the first frame apart from the later ones: b t h w z of latents."""
 
 import sys
 from collections.abc import Mapping
@@ -15,11 +15,10 @@ Statistic = float | tuple[float, ...]
 
 @dataclass(frozen=True)
 class LatentScaling:
-    """Maps latents z to (z - shift) * scale and back, with one shift and scale (or one a channel) for the first
-    frame of a clip, or an image, and others for the frames after it.
+    """Maps latents z to (z - shift) * scale and back.
 
-    The first frame differs because it is encoded from one frame, the later ones from several each. Raises ValueError
-    for a scale of 0, and for statistics that are neither one nor one a channel.
+    The first frame of a clip, or an image, has statistics of its own: it is encoded from one frame, a later one from
+    several. A statistic is one number, or one a channel. Raises ValueError for a scale of 0.
     """
 
     first_shift: Statistic
@@ -33,7 +32,7 @@ class LatentScaling:
 
     @classmethod
     def from_dict(cls, values: Any) -> "LatentScaling":
-        """Reads what `to_dict` gives; ValueError for anything else."""
+        """Reads what `to_dict` returns; ValueError for anything else."""
         names = [field.name for field in fields(cls)]
         if not isinstance(values, Mapping) or set(values) != set(names):
             raise ValueError(f"expected the statistics {', '.join(names)}, got {values!r:.99}")
@@ -41,20 +40,19 @@ class LatentScaling:
         numbers = [number for entries in lists.values() for number in entries]
         if [] in lists.values() or not all(type(x) in (int, float) and abs(x) <= sys.float_info.max for x in numbers):
             raise ValueError("statistics must be finite numbers, one or one a channel")
-        given = {name: tuple(map(float, entries)) for name, entries in lists.items()}
-        return cls(**{name: given[name] if isinstance(values[name], list) else given[name][0] for name in names})
+        return cls(**{name: tuple(map(float, x)) if isinstance(x := values[name], list) else float(x) for name in names})
 
     def to_dict(self) -> dict[str, float | list[float]]:
-        """Gives the four statistics as JSON can hold them."""
+        """Returns the four statistics as JSON can hold them."""
         return {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(self).items()}
 
     def normalize(self, latents: Latents, start: bool = True) -> Latents:
-        """Gives (z - shift) * scale of (B, t, h, w, z); `start` is False for a later chunk of a stream."""
+        """Returns (z - shift) * scale of (b, t, h, w, z); `start` is False for a later chunk of a stream."""
         shift, scale = self._per_frame(latents, start)
         return (latents - shift) * scale
 
     def denormalize(self, latents: Latents, start: bool = True) -> Latents:
-        """Undoes `normalize`: z / scale + shift."""
+        """Inverts `normalize`: z / scale + shift."""
         shift, scale = self._per_frame(latents, start)
         return latents / scale + shift
 

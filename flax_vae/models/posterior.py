@@ -1,4 +1,4 @@
-"""The distribution of latents that the encoder gives: b batch, t frames, h w latent pixels, z channels."""
+"""The posterior, the distribution of latents that a clip is encoded to: b t h w z, z channels of latents."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from flax_vae.ops.window import wide_dtype
+from flax_vae.ops.precision import accumulation_dtype
 
 Latents = Float[Array, "b t h w z"]
 LOGVAR_RANGE = (-30.0, 20.0)
@@ -27,7 +27,7 @@ class DiagonalGaussian:
             raise ValueError(f"moments are mean | logvar, an even number of channels, got {moments.shape}")
         mean, logvar = jnp.split(moments, 2, axis=-1)
         lowest, highest = LOGVAR_RANGE
-        # Not jnp.clip, whose gradient is a half where a value is just at the limit; torch's is one.
+        # not jnp.clip: its gradient is 1/2 where a value equals the limit, that of torch.clamp is 1
         logvar = jnp.where(logvar < lowest, lowest, jnp.where(logvar > highest, highest, logvar))
         return cls(mean, logvar)
 
@@ -37,23 +37,23 @@ class DiagonalGaussian:
         return jnp.exp(0.5 * self.logvar)
 
     def mode(self) -> Latents:
-        """Gives the most likely latents, which is the mean."""
+        """Returns the most likely latents: the mean."""
         return self.mean
 
     def sample(self, key: PRNGKeyArray) -> Latents:
-        """Draws latents: mean + std * standard normal noise; a key gives the same noise in every precision."""
+        """Draws mean + std * standard normal noise; the noise of a key is the same in every precision."""
         return self.at(jax.random.normal(key, self.mean.shape, jnp.float32))
 
     def at(self, noise: Latents) -> Latents:
-        """Gives the latents that standard normal noise stands for: mean + std * noise."""
+        """Reparametrises standard normal noise: mean + std * noise."""
         return self.mean + self.std * noise.astype(self.mean.dtype)
 
     def kl(self) -> Float[Array, ""]:
-        """Gives the divergence from the standard normal distribution, in nats, as float32 or better.
+        """Returns the KL divergence from the standard normal distribution, in nats, in float32 or better.
 
         Summed over frames, rows and columns, averaged over batch and channels, as the public training does.
         """
-        wide = wide_dtype(self.mean)
-        mean, logvar = self.mean.astype(wide), self.logvar.astype(wide)
+        dtype = accumulation_dtype(self.mean)
+        mean, logvar = self.mean.astype(dtype), self.logvar.astype(dtype)
         terms = jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar
         return 0.5 * jnp.sum(terms, axis=(1, 2, 3)).mean()

@@ -1,4 +1,4 @@
-"""Mean and standard deviation of the latents of a data set, channel by channel: t h w of latents, z channels."""
+"""Mean and standard deviation of the latents of a data set, channel by channel: b t h w z of latents."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flax_vae.models.latents import LatentScaling
 
 @dataclass(frozen=True)
 class Moments:
-    """How many values each channel has, their mean, and the sum of their squared distances from it."""
+    """Count and mean of each channel, and the sum of its squared deviations from the mean."""
 
     count: int
     mean: tuple[float, ...]
@@ -21,29 +21,29 @@ class Moments:
 
     @classmethod
     def of(cls, mean: np.ndarray, logvar: np.ndarray) -> Moments:
-        """Gives those of latents drawn from the posterior (..., z): its own variance counts too."""
+        """Returns those of latents drawn from a posterior (..., z), whose own variance counts too."""
         mean, logvar = (np.asarray(x, np.float64).reshape(-1, x.shape[-1]) for x in (mean, logvar))
-        center = mean.mean(axis=0) if len(mean) else np.zeros(mean.shape[-1])
-        squares = (np.square(mean - center) + np.exp(logvar)).sum(axis=0)
-        return cls(len(mean), tuple(center.tolist()), tuple(squares.tolist()))
+        centre = mean.mean(axis=0) if len(mean) else np.zeros(mean.shape[-1])
+        squares = (np.square(mean - centre) + np.exp(logvar)).sum(axis=0)
+        return cls(len(mean), tuple(centre.tolist()), tuple(squares.tolist()))
 
     def __add__(self, other: Moments) -> Moments:
-        """Gives those of all values together (Chan, Golub & LeVeque 1979)."""
+        """Merges those of two sets of values (Chan, Golub & LeVeque 1979)."""
         count = self.count + other.count
         if not count:
             return self
-        apart = np.subtract(other.mean, self.mean)
-        mean = np.asarray(self.mean) + apart * (other.count / count)
-        squares = np.add(self.squares, other.squares) + np.square(apart) * (self.count * other.count / count)
+        delta = np.subtract(other.mean, self.mean)
+        mean = np.asarray(self.mean) + delta * (other.count / count)
+        squares = np.add(self.squares, other.squares) + np.square(delta) * (self.count * other.count / count)
         return Moments(count, tuple(mean.tolist()), tuple(squares.tolist()))
 
     @property
     def std(self) -> tuple[float, ...]:
-        """The standard deviation of each channel."""
+        """Standard deviation of each channel."""
         return tuple(np.sqrt(np.asarray(self.squares) / self.count).tolist())
 
     def overall(self) -> str:
-        """Says mean and standard deviation over all channels."""
+        """Returns mean and standard deviation over all channels, as text."""
         if not self.count:
             return "none"
         mean = np.mean(self.mean)
@@ -60,38 +60,33 @@ class LatentStatistics:
 
     @classmethod
     def of(cls, mean: np.ndarray, logvar: np.ndarray, start: int = 0) -> LatentStatistics:
-        """Gives those of a posterior (b, t, h, w, z), whose first frame is the `start`-th of its clip."""
+        """Returns those of a posterior (b, t, h, w, z) whose first frame is number `start` of its clip."""
         cut = int(start == 0)
         return cls(Moments.of(mean[:, :cut], logvar[:, :cut]), Moments.of(mean[:, cut:], logvar[:, cut:]))
 
     def __add__(self, other: LatentStatistics) -> LatentStatistics:
-        """Gives those of all latents together."""
+        """Merges those of two sets of latents."""
         return LatentStatistics(self.first + other.first, self.rest + other.rest)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LatentStatistics:
-        """Reads what `to_dict` gave."""
-
-        def moments(values: Mapping[str, Any]) -> Moments:
-            return Moments(values["count"], tuple(values["mean"]), tuple(values["squares"]))
-
-        return cls(moments(values["first"]), moments(values["rest"]))
+        """Reads what `to_dict` returned."""
+        parts = (values["first"], values["rest"])
+        return cls(*(Moments(part["count"], tuple(part["mean"]), tuple(part["squares"])) for part in parts))
 
     def to_dict(self) -> dict[str, Any]:
-        """Gives all numbers as JSON can hold them."""
+        """Returns all numbers as JSON can hold them."""
         return asdict(self)
 
     def summary(self) -> dict[str, Any]:
-        """Gives count, mean and standard deviation of every channel, of the first frames and of the rest."""
-        moments = {"first": self.first, "rest": self.rest}
-        return {
-            name: {"count": m.count, "mean": m.mean, "std": m.std if m.count else None} for name, m in moments.items()
-        }
+        """Returns count, mean and standard deviation of every channel, of the first frames and of the rest."""
+        parts = {"first": self.first, "rest": self.rest}
+        return {name: {"count": m.count, "mean": m.mean, "std": m.std if m.count else None} for name, m in parts.items()}
 
     def scaling(self) -> LatentScaling:
-        """Gives the scaling that brings these latents to mean 0 and standard deviation 1, channel by channel.
+        """Returns the scaling that brings these latents to mean 0 and standard deviation 1, channel by channel.
 
-        Raises ValueError where there are first frames alone, as of images, or a channel that never changes.
+        Raises ValueError where there are only first frames, as of images, and for a channel that never changes.
         """
         for name, moments in (("first", self.first), ("later", self.rest)):
             if not moments.count or 0 in moments.std:

@@ -79,6 +79,18 @@ def test_directory_and_single_file_give_the_same(tmp_path, name):
         assert source.shapes() == dict.fromkeys(tensors(), ((5, 3), "float32"))
 
 
+def test_a_subfolder_is_opened_and_a_missing_one_is_an_error_that_names_both(tmp_path):
+    write(tmp_path / WEIGHTS, tensors(1))
+    write(tmp_path / "vae" / WEIGHTS, tensors(), CONFIG | {"inner": True})
+    source = checkpoint.open_checkpoint(tmp_path, "vae")
+    assert source.config()["inner"]
+    assert same({key: source.read(key) for key in source.shapes()}, tensors())
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path} has no folder unet"):
+        checkpoint.open_checkpoint(tmp_path, "unet")
+    with pytest.raises(FileNotFoundError, match="has no folder vae"):
+        checkpoint.open_checkpoint(tmp_path / WEIGHTS, "vae")
+
+
 @pytest.mark.parametrize("stem", ["model", "other"])
 def test_shards_are_read_through_their_index(tmp_path, stem):
     index = write_shards(tmp_path, tensors(), stem)
@@ -315,6 +327,14 @@ def test_hub_name_fetches_the_config_and_weights_of_that_folder_alone(tmp_path, 
     assert hub == [[str(Path(folder, name)) for name in ("config.json", "model.safetensors")]]
 
 
+def test_a_subfolder_on_the_hub_is_part_of_the_name(tmp_path, hub):
+    for seed, place in enumerate(["", "vae"]):
+        write(tmp_path / "repo" / place / "model.safetensors", tensors(seed))
+    source = checkpoint.open_checkpoint("owner/na.me-1", "vae")
+    assert same({key: source.read(key) for key in source.shapes()}, tensors(1))
+    assert hub == [["vae/config.json", "vae/model.safetensors"]]
+
+
 def test_hub_name_falls_back_to_pickles(tmp_path, hub):
     write(tmp_path / "repo" / "x.safetensors", tensors()).rename(tmp_path / "repo" / "pytorch_model.bin")
     assert checkpoint.download("owner/na.me-1") == tmp_path / "snapshot"
@@ -467,11 +487,11 @@ def test_saved_model_loads_to_the_same_model(tmp_path):
     port.load(vae, port.Arrays(weights))
     vae.save_pretrained(tmp_path)
     assert same(read(tmp_path), weights)
-    again = CausalVideoVAE.from_pretrained(tmp_path)
-    assert again.config == vae.config
-    assert same(port.torch_layout(again), weights)
+    loaded = CausalVideoVAE.from_pretrained(tmp_path)
+    assert loaded.config == vae.config
+    assert same(port.torch_layout(loaded), weights)
     (tmp_path / "config.json").unlink()
-    half = CausalVideoVAE.from_pretrained(tmp_path / WEIGHTS, np.float16, CausalVideoVAEConfig.tiny())
+    half = CausalVideoVAE.from_pretrained(tmp_path / WEIGHTS, dtype=np.float16, config=CausalVideoVAEConfig.tiny())
     assert same(port.torch_layout(half), {key: array.astype(np.float16) for key, array in weights.items()})
 
 
@@ -487,7 +507,7 @@ def peak():
 
 jax.block_until_ready(jnp.zeros(1))
 before = peak()
-vae = CausalVideoVAE.from_pretrained(sys.argv[1], sys.argv[2])
+vae = CausalVideoVAE.from_pretrained(sys.argv[1], dtype=sys.argv[2])
 print(peak() - before)
 vae.save_pretrained(sys.argv[3])
 print(peak() - before)

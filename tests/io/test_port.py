@@ -1,6 +1,7 @@
 """The port: torch's names and axis orders, a bijection or an error that lists everything, bit for bit both ways."""
 
 import re
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,9 @@ import pytest
 from flax import nnx
 
 from flax_vae import CausalVideoVAE, CausalVideoVAEConfig
+from flax_vae.families.pyramid import narrow, old_keys
 from flax_vae.io import port
-from flax_vae.layers.attention import Attention
+from flax_vae.layers.attention import Attention, Linear
 from flax_vae.layers.conv import CausalConv3d, Conv3d
 from flax_vae.layers.norm import CausalGroupNorm
 from flax_vae.layers.resnet import CausalResnetBlock
@@ -97,12 +99,12 @@ def test_loaded_convolution_multiplies_torchs_kernel():
 
 
 def test_loaded_linear_and_norm_compute_what_torchs_do():
-    linear, norm = nnx.Linear(3, 5, rngs=nnx.Rngs(0)), CausalGroupNorm(1, 3, rngs=nnx.Rngs(0))
+    linear, norm = Linear(3, 5, rngs=nnx.Rngs(0)), CausalGroupNorm(1, 3, rngs=nnx.Rngs(0))
     weights, scales = random_tensors(linear, seed=1), random_tensors(norm, seed=2)
     port.load(linear, port.Arrays(weights))
     port.load(norm, port.Arrays(scales))
     x = np.random.default_rng(3).standard_normal((1, 1, 2, 2, 3)).astype(np.float32)
-    np.testing.assert_allclose(linear(x), x @ weights["weight"].T + weights["bias"], rtol=1e-5)
+    np.testing.assert_allclose(linear(jnp.asarray(x)), x @ weights["weight"].T + weights["bias"], rtol=1e-5)
     normal = (x - x.mean()) / x.std()
     np.testing.assert_allclose(norm(jnp.asarray(x)), normal * scales["weight"] + scales["bias"], rtol=1e-4, atol=1e-5)
 
@@ -197,12 +199,15 @@ def test_values_too_large_for_the_dtype_are_refused_by_name():
 
 
 KEYS = [*RESNET_SHAPES, "encoder.module.weight", "submodule.bias", "a.vae.query.bias.x", "key.weights", "a.monkey.bias"]
+SPEC = ((2,), "float32")
 
 
 @given(st.lists(st.sampled_from(["module.", "vae."]), max_size=4), st.sampled_from(KEYS))
 def test_wrappers_are_taken_off_names_in_any_order(wrappers, key):
-    assert port.torch_key("".join(wrappers) + key) == key
-    assert port.torch_key(port.torch_key(key)) == key
+    name = "".join(wrappers) + key
+    assert port.unwrapped({name: SPEC}) == {key: [name]}
+    assert port.unwrapped({key: SPEC}) == {key: [key]}
+    assert port.unwrapped({name: SPEC}, known={name}) == {name: [name]}
 
 
 @pytest.mark.parametrize("prefix", ["module.", "vae.", "module.vae.", "vae.module."])
@@ -221,6 +226,15 @@ def test_losses_of_a_training_checkpoint_are_left_out_but_only_there(outer):
     assert "unexpected: " + next(iter(loss)) in refusal(resnet(), weights | loss)
 
 
+class OldAttention(nnx.Module):
+    """Attention in the layouts of a Pyramid model."""
+
+    layouts: ClassVar = CausalVideoVAE.layouts
+
+    def __init__(self):
+        self.mid = attention()
+
+
 def old_export(weights: dict, shape=lambda array: array.shape) -> dict:
     names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     old = {re.sub(r"to_(?:[qkv]|out\.0)", lambda found: names[found[0]], key): array for key, array in weights.items()}
@@ -229,20 +243,91 @@ def old_export(weights: dict, shape=lambda array: array.shape) -> dict:
 
 @pytest.mark.parametrize("as_conv", [False, True])
 def test_old_attention_exports_load_as_linear_or_as_1x1_convolution(as_conv):
-    weights, module = random_tensors(attention()), attention()
+    weights, module = random_tensors(OldAttention()), OldAttention()
     old = old_export(weights, lambda array: (*array.shape, 1, 1) if as_conv and array.ndim == 2 else array.shape)
-    assert sorted(old)[2:4] == ["key.bias", "key.weight"]
+    assert sorted(old)[2:4] == ["mid.key.bias", "mid.key.weight"]
+    assert port.match(module, port.Arrays(old).shapes())["mid.to_k.bias"] == "mid.key.bias"
     port.load(module, port.Arrays(old))
     assert all(np.array_equal(array, weights[key]) for key, array in port.torch_layout(module).items())
 
 
-def test_only_matrices_may_be_1x1_convolutions():
+def test_old_attention_names_are_those_of_the_family_alone():
+    problems = refusal(attention(), old_export(random_tensors(attention())))
+    assert "missing: to_q.weight (6, 6)" in problems
+    assert "unexpected: query.weight (6, 6)" in problems
+
+
+def test_problems_are_those_against_the_layout_that_fits_best():
+    old = old_export(random_tensors(OldAttention()))
+    del old["mid.value.bias"]
+    old["mid.extra"] = np.zeros((2, 3), np.float32)
+    lines = [line.strip() for line in refusal(OldAttention(), old).splitlines()[1:]]
+    assert sorted(lines) == ["missing: mid.value.bias (6,)", "unexpected: mid.extra (2, 3)"]
+    mixed = random_tensors(OldAttention())
+    mixed["mid.query.bias"] = mixed.pop("mid.to_q.bias")
+    lines = [line.strip() for line in refusal(OldAttention(), mixed).splitlines()[1:]]
+    assert sorted(lines) == ["missing: mid.to_q.bias (6,)", "unexpected: mid.query.bias (6,)"]
+
+
+@pytest.mark.parametrize("layout", CausalVideoVAE.layouts)
+@pytest.mark.parametrize("wrapper", ["", "vae."])
+def test_every_layout_round_trips_to_the_bit(layout, wrapper):
+    """Module -> tensors under the layout's names -> module -> tensors under the first layout's names."""
+    rename = CausalVideoVAE.layouts[layout]
+    config = narrow((2, 2, 2, 4), groups=2, encoder_layers=1, decoder_layers=1)
+    module = CausalVideoVAE.abstract(config)
+    ours = {key: parameter.torch_shape for key, parameter in port.parameters(module).items()}
+    generator = np.random.default_rng(0)
+    before = {
+        key: np.frombuffer(generator.bytes(4 * np.prod(shape)), np.float32).reshape(shape)
+        for key, shape in ours.items()
+    }
+    stored = {wrapper + rename(key): array for key, array in before.items()}
+    assert len(stored) == len(ours)
+    port.load(module, port.Arrays(stored))
+    after = port.torch_layout(module)
+    assert after.keys() == ours.keys()
+    assert all(after[key].tobytes() == before[key].tobytes() for key in ours)
+    again = CausalVideoVAE.abstract(config)
+    port.load(again, port.Arrays({wrapper + rename(key): array for key, array in after.items()}))
+    assert all(array.tobytes() == before[key].tobytes() for key, array in port.torch_layout(again).items())
+
+
+def test_old_names_are_those_of_attention_and_change_nothing_else():
+    keys = port.parameters(CausalVideoVAE.abstract(CausalVideoVAEConfig.tiny()))
+    changed = {old_keys(key).rpartition("attentions.0.")[2] for key in keys if old_keys(key) != key}
+    assert changed == {
+        f"{name}.{leaf}" for name in ("query", "key", "value", "proj_attn") for leaf in ("weight", "bias")
+    }
+
+
+@pytest.mark.parametrize("ones", [(1,), (1, 1), (1, 1, 1)])
+def test_shapes_may_differ_by_trailing_ones_whatever_the_parameter(ones):
+    weights, module = random_tensors(attention()), attention()
+    port.load(module, port.Arrays({key: array.reshape(*array.shape, *ones) for key, array in weights.items()}))
+    after = port.torch_layout(module)
+    assert all((after[key].shape, after[key].tobytes()) == (x.shape, x.tobytes()) for key, x in weights.items())
+
+
+def test_kernels_of_1x1x1_may_lack_their_trailing_ones():
+    conv, weights = CausalConv3d(4, 6, 1, rngs=nnx.Rngs(0)), random_tensors(CausalConv3d(4, 6, 1, rngs=nnx.Rngs(0)))
+    port.load(
+        conv, port.Arrays({"conv.weight": weights["conv.weight"][:, :, 0, 0, 0], "conv.bias": weights["conv.bias"]})
+    )
+    assert port.torch_layout(conv)["conv.weight"].shape == (6, 4, 1, 1, 1)
+    assert np.array_equal(port.torch_layout(conv)["conv.weight"], weights["conv.weight"])
+
+
+def test_ones_elsewhere_are_other_shapes():
     weights = random_tensors(attention())
-    weights["group_norm.weight"] = weights["group_norm.weight"].reshape(6, 1, 1)
-    weights["to_v.weight"] = weights["to_v.weight"].reshape(6, 6, 1, 1, 1)
+    weights["group_norm.weight"] = weights["group_norm.weight"].reshape(1, 6)
+    weights["to_q.weight"] = weights["to_q.weight"].reshape(6, 1, 6)
+    weights["to_v.weight"] = weights["to_v.weight"].reshape(6, 3, 2)
     problems = refusal(attention(), weights)
-    assert "group_norm.weight is (6, 1, 1), expected (6,)" in problems
-    assert "to_v.weight is (6, 6, 1, 1, 1), expected (6, 6)" in problems
+    assert "group_norm.weight is (1, 6), expected (6,)" in problems
+    assert "to_q.weight is (6, 1, 6), expected (6, 6)" in problems
+    assert "to_v.weight is (6, 3, 2), expected (6, 6)" in problems
+    assert len(problems.splitlines()) == 4
 
 
 def test_names_of_the_module_itself_are_never_rewritten():
@@ -285,7 +370,7 @@ def test_random_state_of_an_abstract_module_gets_values_of_its_own():
 def test_state_that_no_checkpoint_holds_is_refused_before_reading():
     class Counter(nnx.Module):
         def __init__(self):
-            self.linear, self.steps = nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Variable(jnp.zeros(()))
+            self.linear, self.steps = Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Variable(jnp.zeros(()))
 
     problems = refusal(nnx.eval_shape(Counter), random_tensors(Counter()))
     assert "steps" in problems
@@ -294,12 +379,12 @@ def test_state_that_no_checkpoint_holds_is_refused_before_reading():
 
 
 def test_gradients_take_torchs_names_and_axes():
-    linear = nnx.Linear(3, 5, rngs=nnx.Rngs(0))
-    x, pull = np.random.default_rng(0).standard_normal((2, 7, 5)).astype(np.float32)
+    linear = Linear(3, 5, rngs=nnx.Rngs(0))
+    x, cotangent = np.random.default_rng(0).standard_normal((2, 7, 5)).astype(np.float32)
     x = x[:, :3]
-    grads = nnx.grad(lambda layer: (layer(x) * pull).sum())(linear)
+    grads = nnx.grad(lambda layer: (layer(jnp.asarray(x)) * cotangent).sum())(linear)
     named = port.torch_layout(linear, grads)
-    np.testing.assert_allclose(named["weight"], pull.T @ x, rtol=1e-5)
-    np.testing.assert_allclose(named["bias"], pull.sum(0), rtol=1e-5)
+    np.testing.assert_allclose(named["weight"], cotangent.T @ x, rtol=1e-5)
+    np.testing.assert_allclose(named["bias"], cotangent.sum(0), rtol=1e-5)
     with pytest.raises(ValueError, match="bias"):
         port.named_tensors(linear, nnx.State({"kernel": grads["kernel"]}))

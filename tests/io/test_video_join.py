@@ -5,11 +5,11 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from flax_vae.io.video_join import join
 from flax_vae.io.video_reader import probe, read_clip
 from flax_vae.io.video_writer import VideoWriter
 
 av = pytest.importorskip("av", reason="video needs PyAV: pip install av")
+join = pytest.importorskip("flax_vae.io.video_join", reason="video needs PyAV: pip install av").join
 
 NTSC = Fraction(30000, 1001)
 RATE, SIZE = 48000, (32, 48)
