@@ -3,15 +3,13 @@
 Source: the layout and the behaviour of the public checkpoints.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from flax import nnx
 
@@ -31,6 +29,7 @@ from flax_vae.models.vae import VideoVAE
 MAX_BLOCKS, MAX_LAYERS, MAX_CHANNELS = 16, 64, 2**16
 RELEASED_GROUPS = 32  # of the norms, which no tensor tells
 _DOWN, _UP = "DownEncoderBlockCausal3D", "UpDecoderBlockCausal3D"
+_SIDES = (("encoder", "down", _DOWN), ("decoder", "up", _UP))
 
 
 @dataclass(frozen=True)
@@ -75,22 +74,21 @@ class CausalVideoVAEConfig(VAEConfig):
     downsample_scale: int = 8
 
     def __post_init__(self):
-        problems = type_problems(self)  # values can only be checked where the types are right
-        if problems := problems or [*problems_of(self)]:
+        if problems := type_problems(self) or [*problems_of(self)]:  # values only where all types are right
             raise ValueError("this config is not supported:\n  " + "\n  ".join(problems))
 
     @classmethod
-    def released(cls) -> CausalVideoVAEConfig:
+    def released(cls) -> Self:
         """The released model: 335,402,067 parameters."""
         return cls()
 
     @classmethod
-    def small(cls) -> CausalVideoVAEConfig:
+    def small(cls) -> "CausalVideoVAEConfig":
         """The same network, narrow enough for a CPU: 14.4M parameters."""
         return narrow((32, 64, 96, 128), groups=16, encoder_layers=1, decoder_layers=2)
 
     @classmethod
-    def tiny(cls) -> CausalVideoVAEConfig:
+    def tiny(cls) -> "CausalVideoVAEConfig":
         """The same network, for tests and first steps: 3.2M parameters."""
         return narrow((16, 32, 48, 64), groups=8, encoder_layers=1, decoder_layers=1)
 
@@ -123,14 +121,14 @@ class CausalVideoVAEConfig(VAEConfig):
         return ["", "encoder", "decoder"], rows
 
     @classmethod
-    def from_shapes(cls, shapes: Mapping[str, Spec]) -> CausalVideoVAEConfig:
+    def from_shapes(cls, shapes: Mapping[str, Spec]) -> Self:
         """Reads the config off the names and shapes of weights; ValueError where they are not this model's.
 
         No tensor tells the norms' groups: those of the released model are taken, with a warning.
         """
         conv, given = "conv2.conv.weight", dict[str, Any]()  # one in each residual block, of its width
         try:
-            for side, direction, kind in (("encoder", "down", _DOWN), ("decoder", "up", _UP)):
+            for side, direction, kind in _SIDES:
                 blocks = [under(shapes, f"{side}.{direction}_blocks.{i}.") for i in range(MAX_BLOCKS + 1)]
                 blocks = [block for block in blocks if block]
                 widths = tuple(block[f"resnets.0.{conv}"][0] for block in blocks)
@@ -182,35 +180,30 @@ def narrow(widths: tuple[int, ...], groups: int, encoder_layers: int, decoder_la
     )
 
 
-def side_problems(config: CausalVideoVAEConfig, side: str) -> Iterator[str]:
-    """Yields what is wrong with the encoder's or the decoder's own keys."""
-    values = {key.removeprefix(f"{side}_"): value for key, value in vars(config).items() if key.startswith(side)}
-    widths, groups, layers = values["block_out_channels"], values["norm_num_groups"], values["layers_per_block"]
-    kind, types = (_DOWN, "down_block_types") if side == "encoder" else (_UP, "up_block_types")
-    if len(widths) > MAX_BLOCKS:
-        yield f"{side}: at most {MAX_BLOCKS} blocks, got {len(widths)}"
-    for key, value in values.items():
-        if isinstance(value, tuple) and len(value) != len(widths):
-            yield f"{side}_{key} must have {len(widths)} entries, one a block, got {len(value)}"
-    if set(values[types]) != {kind}:
-        yield f"{side}_*_block_types must be {kind}, got {', '.join(sorted(set(values[types])))}"
-    if values["act_fn"] not in ("silu", "swish"):
-        yield f"{side}_act_fn must be 'silu', got {values['act_fn']!r}"
-    counts = [values["in_channels"], values["out_channels"], groups, *widths]
-    if not all(0 < count <= MAX_CHANNELS for count in counts):
-        yield f"{side} channels and norm groups must be 1 to {MAX_CHANNELS}, got {counts}"
-    if not all(0 < count <= MAX_LAYERS for count in layers):
-        yield f"{side}_layers_per_block must be 1 to {MAX_LAYERS}, got {layers}"
-    if groups < 1 or any(width % groups for width in widths):
-        yield f"{side}_norm_num_groups ({groups}) must divide {widths}"
-    if not all(0 <= rate < 1 for rate in values["block_dropout"]):
-        yield f"{side}_block_dropout must be at least 0 and less than 1, got {values['block_dropout']}"
-
-
 def problems_of(config: CausalVideoVAEConfig) -> Iterator[str]:
-    """Yields what is wrong with the keys of each side, where the sides do not fit, and what nothing implements."""
-    for side in ("encoder", "decoder"):
-        yield from side_problems(config, side)
+    """Yields what is wrong with each side's keys, where the sides do not fit, and what is not implemented."""
+    for side, direction, kind in _SIDES:
+        values = {key.removeprefix(f"{side}_"): value for key, value in vars(config).items() if key.startswith(side)}
+        widths, groups, layers = values["block_out_channels"], values["norm_num_groups"], values["layers_per_block"]
+        kinds = set(values[f"{direction}_block_types"])
+        if len(widths) > MAX_BLOCKS:
+            yield f"{side}: at most {MAX_BLOCKS} blocks, got {len(widths)}"
+        for key, value in values.items():
+            if isinstance(value, tuple) and len(value) != len(widths):
+                yield f"{side}_{key} must have {len(widths)} entries, one a block, got {len(value)}"
+        if kinds != {kind}:
+            yield f"{side}_*_block_types must be {kind}, got {', '.join(sorted(kinds))}"
+        if values["act_fn"] not in ("silu", "swish"):
+            yield f"{side}_act_fn must be 'silu', got {values['act_fn']!r}"
+        counts = [values["in_channels"], values["out_channels"], groups, *widths]
+        if not all(0 < count <= MAX_CHANNELS for count in counts):
+            yield f"{side} channels and norm groups must be 1 to {MAX_CHANNELS}, got {counts}"
+        if not all(0 < count <= MAX_LAYERS for count in layers):
+            yield f"{side}_layers_per_block must be 1 to {MAX_LAYERS}, got {layers}"
+        if groups < 1 or any(width % groups for width in widths):
+            yield f"{side}_norm_num_groups ({groups}) must divide {widths}"
+        if not all(0 <= rate < 1 for rate in values["block_dropout"]):
+            yield f"{side}_block_dropout must be at least 0 and less than 1, got {values['block_dropout']}"
     if min(sizes := (config.sample_size, config.downsample_scale)) < 1:
         yield "sample_size and downsample_scale must be at least 1, got {} and {}".format(*sizes)
     if not math.isfinite(config.scaling_factor):

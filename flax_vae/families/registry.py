@@ -1,7 +1,5 @@
 """All families by the `_class_name` of their config.json; from here a checkpoint finds its model."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Mapping
 from os import PathLike
@@ -67,7 +65,7 @@ def open_source(path_or_hub_name: str | PathLike, subfolder: str | None = None) 
 def is_known(path: Path) -> bool:
     """Whether a file is the config.json of a known family."""
     try:
-        return class_of(read_json(path)) is not None
+        return bool(read_json(path, class_of))
     except ValueError:
         return False
 
@@ -78,7 +76,7 @@ def class_of(values: Mapping[str, Any]) -> type[VideoVAE]:
     Raises ValueError that lists the families there are.
     """
     name = values.get("_class_name")
-    if name in FAMILIES:
+    if isinstance(name, str) and name in FAMILIES:
         return FAMILIES[name]
     given = {key for key in values if not key.startswith("_")}
     fitting = [family for family in FAMILIES.values() if given and given <= family.config_class.public_keys()]
@@ -105,11 +103,7 @@ def config_from_dict(values: Mapping[str, Any]) -> VAEConfig:
 
 def config_from_json(path: str | PathLike) -> VAEConfig:
     """Reads a config.json of any family; ValueError names the file and what is wrong in it."""
-    values = read_json(Path(path))
-    try:
-        return config_from_dict(values)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    return read_json(Path(path), config_from_dict)
 
 
 def read_config(source: Checkpoint) -> VAEConfig:

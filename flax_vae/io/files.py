@@ -4,10 +4,10 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import filelock
 
@@ -15,6 +15,7 @@ PathLike = str | os.PathLike[str]
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # suffixes of files with one picture
 SAFE, PICKLED = (".safetensors",), (".bin", ".pt", ".pth")  # suffixes of weights
 JSON_LIMIT = 2**26  # bytes of a JSON file
+T = TypeVar("T")
 
 
 @contextmanager
@@ -66,18 +67,21 @@ def check_target(path: PathLike) -> None:
         raise FileNotFoundError(f"{path}: there is no folder {Path(path).parent}; create it first")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; ValueError names the file and what it is instead."""
+def read_json(path: Path, parse: Callable[[dict[str, Any]], T] = dict[str, Any]) -> T:
+    """Reads a JSON object, as `parse` returns it; ValueError names the file and what is wrong."""
     size = path.stat().st_size
     if size > JSON_LIMIT:
-        raise ValueError(f"{path} has {size:,} bytes: expected a config or an index of at most {JSON_LIMIT:,}")
+        raise ValueError(f"{path}: has {size:,} bytes: expected a config or an index of at most {JSON_LIMIT:,}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as JSON ({error}); it looks like {kind(path)}") from None
+        raise ValueError(f"{path}: cannot be read as JSON ({error}); it looks like {kind(path)}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object, got a {type(values).__name__}")
-    return values
+        raise ValueError(f"{path}: must hold a JSON object, got a {type(values).__name__}")
+    try:
+        return parse(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def kind(path: Path) -> str:

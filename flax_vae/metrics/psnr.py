@@ -1,7 +1,5 @@
 """PSNR, the peak signal-to-noise ratio of a reconstruction: B batch, T frames, H W pixels, C channels."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 
@@ -18,7 +16,7 @@ def psnr(a: ArrayLike, b: ArrayLike) -> float:
     a, b = np.asarray(a), np.asarray(b)
     if a.shape != b.shape or not a.size or _peak(a) != _peak(b):
         raise ValueError(f"cannot compare {a.dtype} {a.shape} with {b.dtype} {b.shape}: give one shape and one dtype")
-    pairs = zip(a, b, strict=True) if a.ndim > 3 else [(a, b)]  # by frame, as a long clip in float64 may not fit
+    pairs = zip(a, b, strict=True) if a.ndim > 3 else [(a, b)]  # frame by frame: a long clip in float64 may not fit
     error = np.mean([np.mean(np.square(np.subtract(x, y, dtype=np.float64))) for x, y in pairs])
     return float(10 * math.log10(_peak(a) ** 2 / error)) if error else math.inf
 

@@ -1,6 +1,4 @@
-"""Whether quality dips where a clip was cut into chunks: scores by frame, by place in a chunk, and at borders."""
-
-from __future__ import annotations
+"""Whether quality dips where a clip was cut into chunks: scores by frame, by position in a chunk, and at borders."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-MEDIAN_ERROR = math.sqrt(math.pi / 2) / 1.349  # of a normal distribution: of its median, and between its quartiles
+MEDIAN_ERROR = math.sqrt(math.pi / 2) / 1.349  # of a normal distribution: error of the median, and quartile range
 SEAM = (
     "A border of chunks lies between the first frame of a chunk and the last one of the chunk before. Each of the two "
     "is compared with the mean of the frames one latent earlier and one latent later, which have the same place in "
@@ -21,22 +19,22 @@ SEAM = (
 
 
 def by_frame(clips: Sequence[Sequence[float]]) -> list[float]:
-    """Gives the mean of each frame number, over the clips that are long enough."""
+    """Returns the mean of each frame number, over the clips that are long enough."""
     return [float(np.mean([clip[i] for clip in clips if i < len(clip)])) for i in range(max(map(len, clips)))]
 
 
 def by_position(clips: Sequence[Sequence[float]], chunk: int) -> list[float | None]:
-    """Gives the mean of each place in a chunk of so many frames, None where there is none.
+    """Returns the mean of each position in a chunk of `chunk` frames, None where no clip has it.
 
     The first frame of a clip, a chunk of its own, is left out.
     """
-    places = [[value for clip in clips for value in clip[1 + i :: chunk]] for i in range(chunk)]
-    return [float(np.mean(values)) if values else None for values in places]
+    positions = [[value for clip in clips for value in clip[1 + i :: chunk]] for i in range(chunk)]
+    return [float(np.mean(values)) if values else None for values in positions]
 
 
 @dataclass(frozen=True)
 class Seam:
-    """How many dB frames at the borders of chunks are above others; `SEAM` says which ones."""
+    """By how many dB frames at the borders of chunks are better than others, as `SEAM` says."""
 
     first: float
     last: float
@@ -51,19 +49,24 @@ class Seam:
 
     @property
     def error(self) -> float | None:
-        """The standard error of the score; None where there is but one border."""
+        """The standard error of the score; None where there is one border."""
         return self.first_error if self.first <= self.last else self.last_error
 
     def to_dict(self) -> dict[str, float | int | None]:
-        """Gives all numbers by name."""
+        """Returns all numbers by name."""
         return {"score": self.score, "standard_error": self.error, **asdict(self)}
 
 
 def seam(clips: Sequence[Sequence[float]], chunk: int, factor: int) -> Seam | None:
     """Compares the PSNR of frames at the borders of chunks with that of frames inside, as `SEAM` says.
 
-    `clips` hold the PSNR of each of their frames in dB; a chunk has `chunk` frames, but the first one, and a latent
-    `factor`. None where chunks have fewer than two latents, and where no clip is long enough.
+    Args:
+      clips: the PSNR of each of their frames in dB.
+      chunk: frames of a chunk, except the first.
+      factor: frames of a latent.
+
+    Returns:
+      None where chunks have fewer than two latents, and where no clip is long enough.
     """
     step = max(factor, 2)
     if chunk < 2 * step:
@@ -77,13 +80,13 @@ def seam(clips: Sequence[Sequence[float]], chunk: int, factor: int) -> Seam | No
 
 
 def shortest(chunk: int, factor: int) -> int | None:
-    """Gives the frames of the shortest clip that has a seam score; None where chunks have fewer than two latents."""
+    """Returns the frames of the shortest clip that has a seam score; None where chunks have fewer than two latents."""
     step = max(factor, 2)
     return None if chunk < 2 * step else chunk + step + 2
 
 
-def _above(values, places, step):
-    return [values[i] - (values[i - step] + values[i + step]) / 2 for i in places]
+def _above(values, indices, step):
+    return [values[i] - (values[i - step] + values[i + step]) / 2 for i in indices]
 
 
 def _standard_error(values):

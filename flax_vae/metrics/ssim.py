@@ -1,7 +1,5 @@
 """SSIM, the structural similarity of frames: B batch, T frames, H W pixels, C channels."""
 
-from __future__ import annotations
-
 import math
 
 import jax
@@ -33,7 +31,7 @@ def ssim(video: Clip, target: Clip) -> Float[Array, "b t"]:
 
 
 def _ssim_of_frame(a, b):
-    middle = b.mean()  # away from it, small variances would drown in the rounding of large squares
+    middle = b.mean()  # subtracted first, so that small variances do not drown in the rounding of large squares
     a, b = a - middle, b - middle
     mean_a, mean_b, aa, bb, ab = _blurred(jnp.stack([a, b, a * a, b * b, a * b]))
     variances, covariance = aa - mean_a**2 + bb - mean_b**2, ab - mean_a * mean_b
@@ -44,7 +42,7 @@ def _ssim_of_frame(a, b):
 
 
 def _blurred(x):
-    """Averages the windows within (..., H, W, C), not by a convolution: devices compute those in less than float32."""
+    """Averages the windows of (..., H, W, C) by slices: accelerators compute convolutions in less than float32."""
     weights = [math.exp(-0.5 * (i / SIGMA) ** 2) for i in range(-RADIUS, RADIUS + 1)]
     for axis in (x.ndim - 3, x.ndim - 2):
         size = x.shape[axis] - 2 * RADIUS

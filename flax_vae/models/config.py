@@ -1,7 +1,5 @@
 """What every VAE's config can tell, and how a config.json is read: T frames, H W pixels; t h w z of latents."""
 
-from __future__ import annotations
-
 import types
 from collections.abc import Mapping
 from dataclasses import Field, asdict, fields
@@ -66,11 +64,7 @@ class VAEConfig:
     @classmethod
     def from_json(cls, path: str | PathLike) -> Self:
         """Reads a config.json; ValueError names the file and what is wrong in it."""
-        values = read_json(Path(path))
-        try:
-            return cls.from_dict(values)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        return read_json(Path(path), cls.from_dict)
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, Spec]) -> Self:

@@ -40,7 +40,9 @@ class LatentScaling:
         numbers = [number for entries in lists.values() for number in entries]
         if [] in lists.values() or not all(type(x) in (int, float) and abs(x) <= sys.float_info.max for x in numbers):
             raise ValueError("statistics must be finite numbers, one or one a channel")
-        return cls(**{name: tuple(map(float, x)) if isinstance(x := values[name], list) else float(x) for name in names})
+        return cls(
+            **{name: tuple(map(float, x)) if isinstance(x := values[name], list) else float(x) for name in names}
+        )
 
     def to_dict(self) -> dict[str, float | list[float]]:
         """Returns the four statistics as JSON can hold them."""

@@ -1,10 +1,8 @@
 """Mean and standard deviation of the latents of a data set, channel by channel: b t h w z of latents."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -20,14 +18,14 @@ class Moments:
     squares: tuple[float, ...]
 
     @classmethod
-    def of(cls, mean: np.ndarray, logvar: np.ndarray) -> Moments:
+    def of(cls, mean: np.ndarray, logvar: np.ndarray) -> Self:
         """Returns those of latents drawn from a posterior (..., z), whose own variance counts too."""
         mean, logvar = (np.asarray(x, np.float64).reshape(-1, x.shape[-1]) for x in (mean, logvar))
         centre = mean.mean(axis=0) if len(mean) else np.zeros(mean.shape[-1])
         squares = (np.square(mean - centre) + np.exp(logvar)).sum(axis=0)
         return cls(len(mean), tuple(centre.tolist()), tuple(squares.tolist()))
 
-    def __add__(self, other: Moments) -> Moments:
+    def __add__(self, other: "Moments") -> "Moments":
         """Merges those of two sets of values (Chan, Golub & LeVeque 1979)."""
         count = self.count + other.count
         if not count:
@@ -59,17 +57,17 @@ class LatentStatistics:
     rest: Moments
 
     @classmethod
-    def of(cls, mean: np.ndarray, logvar: np.ndarray, start: int = 0) -> LatentStatistics:
+    def of(cls, mean: np.ndarray, logvar: np.ndarray, start: int = 0) -> Self:
         """Returns those of a posterior (b, t, h, w, z) whose first frame is number `start` of its clip."""
         cut = int(start == 0)
         return cls(Moments.of(mean[:, :cut], logvar[:, :cut]), Moments.of(mean[:, cut:], logvar[:, cut:]))
 
-    def __add__(self, other: LatentStatistics) -> LatentStatistics:
+    def __add__(self, other: "LatentStatistics") -> "LatentStatistics":
         """Merges those of two sets of latents."""
         return LatentStatistics(self.first + other.first, self.rest + other.rest)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> LatentStatistics:
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Reads what `to_dict` returned."""
         parts = (values["first"], values["rest"])
         return cls(*(Moments(part["count"], tuple(part["mean"]), tuple(part["squares"])) for part in parts))
@@ -81,7 +79,9 @@ class LatentStatistics:
     def summary(self) -> dict[str, Any]:
         """Returns count, mean and standard deviation of every channel, of the first frames and of the rest."""
         parts = {"first": self.first, "rest": self.rest}
-        return {name: {"count": m.count, "mean": m.mean, "std": m.std if m.count else None} for name, m in parts.items()}
+        return {
+            name: {"count": m.count, "mean": m.mean, "std": m.std if m.count else None} for name, m in parts.items()
+        }
 
     def scaling(self) -> LatentScaling:
         """Returns the scaling that brings these latents to mean 0 and standard deviation 1, channel by channel.

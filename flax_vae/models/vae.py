@@ -1,7 +1,5 @@
 """The contract of a video VAE, which names no family: B batch, T frames, H W pixels; b t h w z of latents."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from os import PathLike
@@ -26,12 +24,12 @@ Video = Float[Array, "b _ _ _ _"]  # B T H W C; only the batch is the same befor
 class VideoVAE(nnx.Module):
     """Encodes video into latents and decodes them, whole or chunk by chunk, with the same results.
 
-    Pixels are in [-1, 1]. It computes in the dtype of its weights, to which inputs are cast. A family is a subclass,
-    `Family(config, *, rngs)`, that makes `config`, `encoder` and `decoder` and says:
+    Pixels are in [-1, 1]. It computes in the dtype of its weights, to which inputs are cast. A family is a subclass
+    with a constructor `Family(config, *, rngs)`, which makes `config`, `encoder` and `decoder`, and these:
 
     Attributes:
       config_class: the class of its config.
-      layouts: by name, what files call a parameter, given its attribute path; the first is diffusers', and is written.
+      layouts: by name, the map from the port's keys to the names in files; the first is diffusers', and is written.
       presets: configs by name, such as "pyramid-flow-tiny".
       released_scalings: by variant, the latent scalings that were published with diffusion models.
       last_kernel: the attribute path of the decoder's last kernel, by which the adaptive weight of a GAN is measured.
@@ -55,25 +53,17 @@ class VideoVAE(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         config: VAEConfig | None = None,
     ) -> V:
-        """Loads a checkpoint in a public torch layout, ready for inference (dropout off).
+        """Loads a checkpoint of this family, ready for inference (dropout off).
 
-        Args:
-          path_or_hub_name: a directory with config.json and weights, a weights file, or a hub name
-            "owner/name[/folder]". Weights are *.safetensors (also sharded), or .bin, .pt, .pth, which need torch.
-          subfolder: the folder of the checkpoint in there, as "vae" in a pipeline.
-          dtype: what the weights are cast to: float32, bfloat16, float16, or float64 where jax has it enabled.
-          config: replaces config.json, for weights that come without one.
-
-        Raises:
-          FileNotFoundError: there is no such checkpoint. ValueError: a damaged or hostile file, an unsupported
-          config, or tensors that are not exactly those of the model; all of them are listed.
+        Args, Raises: those of `flax_vae.from_pretrained`, which finds the family by itself; here the checkpoint's
+        config.json must be this family's, or `config` be given.
         """
         source = checkpoint.open_checkpoint(path_or_hub_name, subfolder)
         return cls.load(source, cls.config_class.from_dict(source.config()) if config is None else config, dtype)
 
     @classmethod
     def load(cls: type[V], source: checkpoint.Checkpoint, config: VAEConfig, dtype: DTypeLike = jnp.float32) -> V:
-        """Loads the weights of an open checkpoint, cast to `dtype`; ValueError where they are not this model's."""
+        """Loads the weights of an open checkpoint, cast to `dtype`; ValueError where they are not the model's."""
         vae = cls.abstract(config)
         port.load(vae, source, dtype)
         vae.eval()
@@ -105,7 +95,7 @@ class VideoVAE(nnx.Module):
 
     @property
     def scaling(self) -> LatentScaling:
-        """Latents as a diffusion model wants them; ValueError where several scalings were released, or none."""
+        """Normalises latents for a diffusion model; ValueError where several scalings were released, or none."""
         if len(self.released_scalings) != 1:
             names = ", ".join(self.released_scalings) or "there are none"
             raise ValueError(f"{type(self).__name__} has no one scaling: choose from released_scalings ({names})")
@@ -145,7 +135,7 @@ class VideoVAE(nnx.Module):
         return scan_chunks(self, type(self).decode_chunk, latents, chunk)[0]
 
     def encode_chunk(self, x: Video, carry: Any = None) -> tuple[DiagonalGaussian, Any]:
-        """Encodes the next frames of a stream; `carry` is None at its start, later what the last call returned.
+        """Encodes the next frames of a stream; `carry` is None at its start, later that of the last call.
 
         Frames that do not complete a latent wait in the carry.
         """
@@ -153,24 +143,24 @@ class VideoVAE(nnx.Module):
         return DiagonalGaussian.from_moments(moments), carry
 
     def moments_chunk(self, x: Video, carry: Any = None) -> tuple[Latents, Any]:
-        """Returns what `encode_chunk` makes its distribution of: mean | logvar, (B, t, h, w, 2z), logvar unclamped."""
+        """Returns the moments behind `encode_chunk`: mean | logvar, (B, t, h, w, 2z), logvar unclamped."""
         check_video(x, self.config.pixel_channels)
         with jax.named_scope("encoder"):
             moments, carry = self.encoder(jnp.asarray(x, self.dtype), carry)
             return self.after_encoder(moments), carry
 
     def decode_chunk(self, z: Latents, carry: Any = None) -> tuple[Video, Any]:
-        """Decodes the next latents of a stream; `carry` is None at its start, later what the last call returned."""
+        """Decodes the next latents of a stream; `carry` is None at its start, later that of the last call."""
         check_video(z, self.config.latent_channels)
         with jax.named_scope("decoder"):
             return self.decoder(self.before_decoder(jnp.asarray(z, self.dtype)), carry)
 
     def after_encoder(self, moments: Latents) -> Latents:
-        """Maps each pixel of what the encoder gives to moments (B, t, h, w, 2z)."""
+        """Maps the encoder's output, pixel by pixel, to moments (B, t, h, w, 2z)."""
         return moments
 
     def before_decoder(self, z: Latents) -> Latents:
-        """Maps each pixel of latents to what the decoder takes."""
+        """Maps latents, pixel by pixel, to the decoder's input."""
         return z
 
 
@@ -183,7 +173,7 @@ def check_video(x: Array, channels: int) -> None:
 
 
 def fit_frames(x: ArrayLike, frames: int) -> Array:
-    """Cuts (B, T, ...) to its first `frames` frames, or repeats its last one until there are so many."""
+    """Cuts (B, T, ...) to its first `frames` frames, or repeats its last one up to that number."""
     x = jnp.asarray(x)[:, :frames]
     missing = frames - x.shape[1]
     return jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2)), mode="edge") if missing else x

@@ -1,251 +1,234 @@
-"""The config of the public checkpoints: read, written, judged and counted."""
+"""What every config can tell: keys and types of a config.json, frames, sizes and chunks, against counting by hand."""
 
 import dataclasses
 import json
-import math
+from typing import ClassVar
 
-import jax
 import pytest
-from flax import nnx
 
-from flax_vae import CausalVideoVAE, CausalVideoVAEConfig
-from flax_vae.families.pyramid import narrow
+from flax_vae.models.config import VAEConfig, fits, type_name, type_problems
 
-DOWN, UP = "DownEncoderBlockCausal3D", "UpDecoderBlockCausal3D"
-RELEASED = {
-    "encoder_in_channels": 3,
-    "encoder_out_channels": 16,
-    "encoder_layers_per_block": [2, 2, 2, 2],
-    "encoder_down_block_types": [DOWN, DOWN, DOWN, DOWN],
-    "encoder_block_out_channels": [128, 256, 512, 512],
-    "encoder_spatial_down_sample": [True, True, True, False],
-    "encoder_temporal_down_sample": [True, True, True, False],
-    "encoder_block_dropout": [0.0, 0.0, 0.0, 0.0],
-    "encoder_act_fn": "silu",
-    "encoder_norm_num_groups": 32,
-    "encoder_double_z": True,
-    "encoder_type": "causal_vae_conv",
-    "decoder_in_channels": 16,
-    "decoder_out_channels": 3,
-    "decoder_layers_per_block": [3, 3, 3, 3],
-    "decoder_up_block_types": [UP, UP, UP, UP],
-    "decoder_block_out_channels": [128, 256, 512, 512],
-    "decoder_spatial_up_sample": [True, True, True, False],
-    "decoder_temporal_up_sample": [True, True, True, False],
-    "decoder_block_dropout": [0.0, 0.0, 0.0, 0.0],
-    "decoder_act_fn": "silu",
-    "decoder_norm_num_groups": 32,
-    "decoder_type": "causal_vae_conv",
-    "sample_size": 256,
-    "scaling_factor": 0.18215,
-    "add_post_quant_conv": True,
-    "interpolate": False,
-    "downsample_scale": 8,
-    "_class_name": "CausalVideoVAE",
-}
-UNEVEN = RELEASED | {
-    "encoder_layers_per_block": [1, 2],
-    "encoder_down_block_types": [DOWN] * 2,
-    "encoder_block_out_channels": [32, 96],
-    "encoder_spatial_down_sample": [True, True],
-    "encoder_temporal_down_sample": [False, True],
-    "encoder_block_dropout": [0.0, 0.25],
-    "decoder_layers_per_block": [1, 1, 3],
-    "decoder_up_block_types": [UP] * 3,
-    "decoder_block_out_channels": [64, 32, 64],
-    "decoder_spatial_up_sample": [True, False, True],
-    "decoder_temporal_up_sample": [False, True, False],
-    "decoder_block_dropout": [0.0, 0.0, 0.0],
-}
+hypothesis = pytest.importorskip("hypothesis", reason="frames are drawn by hypothesis: pip install hypothesis")
+given, st = hypothesis.given, hypothesis.strategies
 
 
-@pytest.mark.parametrize("values", [RELEASED, UNEVEN], ids=["released", "uneven"])
-def test_reading_and_writing_keeps_every_key(values):
-    written = CausalVideoVAEConfig.from_dict(values).to_dict()
-    assert written == values
-    assert json.loads(json.dumps(written)) == values
-    assert {field.name for field in dataclasses.fields(CausalVideoVAEConfig)} == set(values) - {"_class_name"} | {
-        "remat",
-        "frame_by_frame",
+@dataclasses.dataclass(frozen=True)
+class LittleConfig(VAEConfig):
+    """A config of a family that is nothing but its numbers."""
+
+    class_name: ClassVar[str] = "Little"
+    pixel_channels: int = 3
+    latent_channels: int = 4
+    temporal_factor: int = 8
+    spatial_factor: int = 8
+    names: tuple[str, ...] = ("a", "b")
+    scale: float | None = None
+
+
+class Down(LittleConfig):
+    rounding = "down"
+
+
+class Exact(LittleConfig):
+    rounding = "exact"
+
+
+class Whole(LittleConfig):
+    class_name = "Whole"
+    streams = "whole"
+
+
+def of(factor: int) -> LittleConfig:
+    """Returns a config whose latents span that many frames."""
+    return LittleConfig(temporal_factor=factor)
+
+
+# Keys and types
+
+
+def test_lists_of_a_file_are_tuples_of_a_config_and_lists_again():
+    values = {"names": ["x"], "scale": 0.5, "_class_name": "Little", "_diffusers_version": "0.1"}
+    config = LittleConfig.from_dict(values)
+    assert (config.names, config.scale, config.latent_channels) == (("x",), 0.5, 4)
+    written = config.to_dict()
+    assert written == json.loads(json.dumps(written))
+    assert written == {
+        "pixel_channels": 3,
+        "latent_channels": 4,
+        "temporal_factor": 8,
+        "spatial_factor": 8,
+        "names": ["x"],
+        "scale": 0.5,
+        "_class_name": "Little",
     }
+    assert LittleConfig.from_dict(written) == config
 
 
-def test_released_values_are_the_defaults():
-    assert (
-        CausalVideoVAEConfig.from_dict(RELEASED)
-        == CausalVideoVAEConfig.released()
-        == CausalVideoVAEConfig()
-        == CausalVideoVAEConfig.from_dict({})
-    )
+def test_keys_are_the_fields_and_others_are_named():
+    assert LittleConfig.public_keys() == {field.name for field in dataclasses.fields(LittleConfig)}
+    with pytest.raises(ValueError, match=r"unknown config keys: sample_size, streams; a config\.json has no such"):
+        LittleConfig.from_dict({"streams": "exact", "sample_size": 3, "scale": 1.0})
+    with pytest.raises(ValueError, match="config keys must be strings, got 3"):
+        LittleConfig.from_dict({3: 4})
+    with pytest.raises(ValueError, match="object of keys and values, got list"):
+        LittleConfig.from_dict([])
 
 
-def test_bookkeeping_of_the_writer_is_ignored():
-    extra = {"_use_default_values": list(RELEASED), "_diffusers_version": "0.1"}
-    assert CausalVideoVAEConfig.from_dict(RELEASED | extra) == CausalVideoVAEConfig.released()
+def test_another_family_s_config_is_refused():
+    with pytest.raises(ValueError, match=r"_class_name is 'Whole': .*expected 'Little'"):
+        LittleConfig.from_dict({"_class_name": "Whole"})
 
 
-def test_file_is_read_and_named_where_it_is_wrong(tmp_path):
+def test_a_file_is_named_where_it_is_wrong(tmp_path):
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(UNEVEN))
-    assert CausalVideoVAEConfig.from_json(path) == CausalVideoVAEConfig.from_dict(UNEVEN)
-    for text in (
-        "",
-        "{",
-        "[1, 2]",
-        "null",
-        '{"interpolate": true}',
-        "[" * 100_000,
-        '{"sample_size": 1' + "0" * 9000 + "}",
-    ):
-        path.write_text(text)
-        with pytest.raises(ValueError, match=r"config\.json: "):
-            CausalVideoVAEConfig.from_json(path)
-    path.write_bytes(b"\xff\xfe{}")
-    with pytest.raises(ValueError, match=r"config\.json: "):
-        CausalVideoVAEConfig.from_json(path)
+    path.write_text('{"scale": null, "names": ["y"]}')
+    assert LittleConfig.from_json(path) == LittleConfig(names=("y",))
+    path.write_text('{"skale": null}')
+    with pytest.raises(ValueError, match=r"config\.json: unknown config keys: skale"):
+        LittleConfig.from_json(str(path))
 
 
-UNSUPPORTED = [
-    ("interpolate", True, "interpolate must be false"),
-    ("encoder_act_fn", "relu", "encoder_act_fn must be 'silu', got 'relu'"),
-    ("decoder_act_fn", "gelu", "decoder_act_fn must be 'silu', got 'gelu'"),
-    ("encoder_down_block_types", [DOWN, "Down2D", DOWN, DOWN], f"encoder_.*block_types must be {DOWN}, got Down2D"),
-    ("decoder_up_block_types", [UP, UP, UP, DOWN], f"decoder_.*block_types must be {UP}, got {DOWN}"),
-    ("encoder_block_out_channels", [128, 256, 512], "encoder_layers_per_block must have 3 entries, .* got 4"),
-    ("decoder_layers_per_block", [3, 3, 3], "decoder_layers_per_block must have 4 entries, one a block, got 3"),
-    ("encoder_layers_per_block", [2, 2, 2, 0], "encoder_layers_per_block must be 1 to 64"),
-    ("decoder_layers_per_block", [10**9] * 4, "decoder_layers_per_block must be 1 to 64"),
-    ("encoder_block_out_channels", [128, 256, 512, 500], r"encoder_norm_num_groups \(32\) must divide"),
-    ("decoder_norm_num_groups", 0, "decoder channels and norm groups must be 1 to"),
-    ("encoder_out_channels", -16, "encoder channels and norm groups must be 1 to"),
-    ("encoder_out_channels", 10**12, "encoder channels and norm groups must be 1 to"),
-    ("decoder_in_channels", 8, r"decoder_in_channels \(8\) must equal encoder_out_channels \(16\)"),
-    ("encoder_spatial_down_sample", [True, True, False, False], r"doubles .*\(3, 3\) times, .* halves them \(2, 3\)"),
-    ("decoder_temporal_up_sample", [True] * 4, r"doubles space and time \(3, 4\) times"),
-    ("encoder_block_dropout", [0.0, 0.0, 0.0, 1.0], "encoder_block_dropout must be at least 0 and less than 1"),
-    ("decoder_block_dropout", [math.nan] * 4, "decoder_block_dropout must be at least 0"),
-    ("decoder_block_dropout", [-0.1, 0.0, 0.0, 0.0], "decoder_block_dropout must be at least 0"),
-]
-MISTYPED = [
-    ("encoder_in_channels", "3", "encoder_in_channels must be int, got '3'"),
-    ("encoder_in_channels", 3.0, "encoder_in_channels must be int, got 3.0"),
-    ("encoder_in_channels", True, "encoder_in_channels must be int, got True"),
-    ("encoder_in_channels", None, "encoder_in_channels must be int, got None"),
-    ("encoder_in_channels", [3], "encoder_in_channels must be int"),
-    ("interpolate", 0, "interpolate must be bool, got 0"),
-    ("interpolate", "false", "interpolate must be bool, got 'false'"),
-    ("scaling_factor", "big", "scaling_factor must be float, got 'big'"),
-    ("encoder_act_fn", ["silu"], "encoder_act_fn must be str"),
-    ("encoder_layers_per_block", 2, "encoder_layers_per_block must be a list of int, got 2"),
-    ("encoder_layers_per_block", "2222", "encoder_layers_per_block must be a list of int, got '2222'"),
-    ("encoder_layers_per_block", [[2], [2], [2], [2]], "encoder_layers_per_block must be a list of int"),
-    ("encoder_layers_per_block", [], "encoder_layers_per_block must be a list of int"),
-    ("encoder_layers_per_block", {"0": 2}, "encoder_layers_per_block must be a list of int"),
-    ("decoder_spatial_up_sample", [1, 1, 1, 0], "decoder_spatial_up_sample must be a list of bool"),
-    ("decoder_block_out_channels", [128, 256, 512, True], "decoder_block_out_channels must be a list of int"),
-]
+def test_a_config_that_weights_do_not_show_is_asked_for():
+    with pytest.raises(ValueError, match=r"config of a Little cannot be read off its weights: give its config\.json"):
+        LittleConfig.from_shapes({})
 
 
-@pytest.mark.parametrize(("key", "value", "message"), UNSUPPORTED + MISTYPED)
-def test_refused_by_name(key, value, message):
-    with pytest.raises(ValueError, match=message):
-        CausalVideoVAEConfig.from_dict(RELEASED | {key: value})
-
-
-@pytest.mark.parametrize("setting", ["remat", "frame_by_frame"])
-def test_a_setting_of_the_run_is_in_no_config_file(setting):
-    config = dataclasses.replace(CausalVideoVAEConfig.from_dict(UNEVEN), **{setting: True})
-    assert getattr(config, setting)
-    assert config != CausalVideoVAEConfig.from_dict(UNEVEN)
-    assert config.to_dict() == UNEVEN
-    for value in (True, False):
-        with pytest.raises(ValueError, match=rf"unknown config keys: {setting}; a config\.json has no such settings"):
-            CausalVideoVAEConfig.from_dict(UNEVEN | {setting: value})
-    with pytest.raises(ValueError, match=f"{setting} must be bool, got 'yes'"):
-        dataclasses.replace(config, **{setting: "yes"})
-
-
-def test_every_problem_is_named_at_once():
-    values = {"interpolate": True, "encoder_act_fn": "relu", "decoder_norm_num_groups": 7, "decoder_in_channels": 4}
-    with pytest.raises(ValueError, match="not supported") as caught:
-        CausalVideoVAEConfig.from_dict(RELEASED | values)
-    assert [key for key in values if key not in str(caught.value)] == []
-    assert str(caught.value).count("\n") == 4
-
-
-def test_every_wrong_type_is_named_at_once():
-    with pytest.raises(ValueError, match=r"sample_size must be int(.|\n)*interpolate must be bool"):
-        CausalVideoVAEConfig.from_dict(RELEASED | {"interpolate": "no", "sample_size": "256"})
-
-
-def test_unknown_keys_are_named_at_once():
-    with pytest.raises(ValueError, match="unknown config keys: latent_channels, use_flash"):
-        CausalVideoVAEConfig.from_dict(RELEASED | {"use_flash": True, "latent_channels": 16})
-
-
-@pytest.mark.parametrize("name", ["AutoencoderKL", "", None, 3, ["CausalVideoVAE"]])
-def test_config_of_another_model_is_refused(name):
-    with pytest.raises(ValueError, match=r"_class_name is .* expected 'CausalVideoVAE'"):
-        CausalVideoVAEConfig.from_dict(RELEASED | {"_class_name": name})
-
-
-@pytest.mark.parametrize("values", [None, [], "{}", 3])
-def test_config_must_be_an_object(values):
-    with pytest.raises(ValueError, match="object of keys and values, got " + type(values).__name__):
-        CausalVideoVAEConfig.from_dict(values)
-
-
-def test_config_cannot_be_changed_and_can_be_a_key():
-    config = CausalVideoVAEConfig.tiny()
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        config.encoder_in_channels = 4  # pyright: ignore[reportAttributeAccessIssue]
-    assert {config: 1}[CausalVideoVAEConfig.tiny()] == 1
-
-
-def parameters(config):
-    """Counts the parameters of the whole and of its four parts, without making any."""
-    model = nnx.eval_shape(lambda: CausalVideoVAE(config, rngs=nnx.Rngs(0)))
-    parts = {name: getattr(model, name) for name in ("encoder", "decoder", "quant_conv", "post_quant_conv")}
-    return {name: [math.prod(p.shape) for p in jax.tree.leaves(nnx.state(part))] for name, part in parts.items()}
-
-
-def test_full_config_is_the_released_model():
-    counts = parameters(CausalVideoVAEConfig.released())
-    assert {name: sum(sizes) for name, sizes in counts.items()} == {
-        "encoder": 109_632_032,
-        "decoder": 225_768_707,
-        "quant_conv": 1056,
-        "post_quant_conv": 272,
-    }
-    assert sum(len(sizes) for sizes in counts.values()) == 260
+def test_the_table_of_a_config_shows_every_key():
+    columns, rows = LittleConfig().describe()
+    assert [key for key, _ in rows] == [field.name for field in dataclasses.fields(LittleConfig)]
+    assert {len(row) for row in rows} == {len(columns)}
 
 
 @pytest.mark.parametrize(
-    ("config", "millions"), [(CausalVideoVAEConfig.tiny(), 3.2), (CausalVideoVAEConfig.small(), 14.4)]
+    ("value", "hint", "is_fitting"),
+    [
+        (3, int, True),
+        (True, int, False),
+        (3.0, int, False),
+        (3, float, True),
+        (True, float, False),
+        ("3", str, True),
+        (False, bool, True),
+        (0, bool, False),
+        ((1, 2), tuple[int, ...], True),
+        ((), tuple[int, ...], False),
+        ((1, 2.5), tuple[int, ...], False),
+        ((1, 2.5), tuple[float, ...], True),
+        ([1, 2], tuple[int, ...], False),
+        (None, int | None, True),
+        (3, int | None, True),
+        ("3", int | None, False),
+        ((1,), tuple[int, ...] | None, True),
+        (((1,),), tuple[int, ...] | None, False),
+    ],
 )
-def test_presets_have_the_documented_size(config, millions):
-    assert round(sum(map(sum, parameters(config).values())) / 1e6, 1) == millions
+def test_values_fit_their_types(value, hint, is_fitting):
+    assert fits(value, hint) == is_fitting
 
 
-def test_narrow_changes_widths_groups_and_layers_only():
-    config = narrow((8, 8, 16, 24), groups=4, encoder_layers=1, decoder_layers=3)
-    changed = {key for key, value in config.to_dict().items() if value != RELEASED[key]}
-    assert changed == {
-        *(f"{side}_{key}" for side in ("encoder", "decoder") for key in ("block_out_channels", "norm_num_groups")),
-        "encoder_layers_per_block",
-    }
-    assert config.decoder_layers_per_block == (3, 3, 3, 3)
+@pytest.mark.parametrize(
+    ("hint", "words"),
+    [(int, "int"), (tuple[bool, ...], "a list of bool"), (float | None, "float or null"), (int | str, "int or str")],
+)
+def test_types_have_names(hint, words):
+    assert type_name(hint) == words
 
 
-def test_shapes_of_latents_and_video():
-    config, uneven = CausalVideoVAEConfig.released(), CausalVideoVAEConfig.from_dict(UNEVEN)
-    assert (config.spatial_factor, config.temporal_factor, config.latent_channels) == (8, 8, 16)
-    assert (uneven.spatial_factor, uneven.temporal_factor) == (4, 2)
-    assert config.latent_shape(17, 720, 1281) == (3, 90, 161, 16)
-    assert config.video_shape(3, 90, 161) == (17, 720, 1288, 3)
-    assert uneven.latent_shape(3, 9, 4) == (2, 3, 1, 16)
-    assert uneven.video_shape(2, 3, 1) == (3, 12, 4, 3)
+def test_every_wrong_type_is_named():
+    config = LittleConfig(pixel_channels="3", names=[], scale="large")  # pyright: ignore[reportArgumentType]
+    assert type_problems(config) == [
+        "pixel_channels must be int, got '3'",
+        "names must be a list of str, got []",
+        "scale must be float or null, got 'large'",
+    ]
+    assert type_problems(LittleConfig()) == []
+
+
+# Frames and latents
+
+
+@given(st.integers(1, 10_000), st.sampled_from([1, 2, 3, 4, 8, 16]))
+def test_frames_and_latents_count_back_and_forth(latents, factor):
+    frames = of(factor).pixel_frames(latents)
+    assert of(factor).latent_frames(frames) == latents
+    assert frames == 1 + factor * (latents - 1)
+
+
+@given(st.integers(-20, 200), st.integers(2, 16))
+def test_other_numbers_of_frames_are_refused_with_the_nearest_that_fit(frames, factor):
+    fitting = range(1, 400, factor)
+    if frames in fitting:
+        assert of(factor).latent_frames(frames) == fitting.index(frames) + 1
+        return
+    with pytest.raises(ValueError, match=rf"{factor}k \+ 1 frames, got {frames}: use ") as caught:
+        of(factor).latent_frames(frames)
+    below, above = [n for n in fitting if n < frames][-1:], [n for n in fitting if n > frames][:1]
+    advised = [int(number) for number in str(caught.value).split("use ")[1].split(" or ")]
+    assert advised == (below + above if below else [1])
+
+
+@pytest.mark.parametrize("latents", [0, -1])
+def test_no_latents_decode_to_no_clip(latents):
+    with pytest.raises(ValueError, match=f"at least one latent frame, got {latents}"):
+        of(8).pixel_frames(latents)
+
+
+@given(st.integers(1, 200), st.sampled_from([1, 2, 3, 4, 8]), st.booleans())
+def test_extra_frames_are_padded_or_trimmed_to_the_nearest_that_fit(frames, factor, start):
+    config, fitting = of(factor), range(int(start), 400, factor)
+    assert config.fitted_frames(frames, "pad", start) == min(n for n in fitting if n >= frames)
+    assert config.fitted_frames(frames, "trim", start) == max(n for n in fitting if n <= frames)
+    if frames in fitting:
+        assert config.fitted_frames(frames, "error", start) == frames
+        return
+    law, over = (f"{factor}k + 1" if start else f"{factor}k"), frames - max(n for n in fitting if n <= frames)
+    assert config.frame_law(start) == law
+    with pytest.raises(ValueError, match=f"a {'clip' if start else 'later chunk'} must have") as caught:
+        config.fitted_frames(frames, "error", start)
+    assert f"must have {law} frames, got {frames}; extra_frames='pad' repeats" in str(caught.value)
+    assert f"'trim' leaves {over} out" in str(caught.value)
+
+
+def test_an_unknown_policy_is_refused_with_the_known():
+    with pytest.raises(ValueError, match="extra_frames must be one of error, pad, trim, got 'drop'"):
+        of(8).fitted_frames(9, "drop")  # pyright: ignore[reportArgumentType]
+
+
+# Chunks and sizes
+
+
+def test_a_chunk_later_in_a_stream_has_whole_latents():
+    assert [of(8).chunk_frames(latents) for latents in (0, 1, 3)] == [1, 8, 24]
+    assert of(8).checked_chunk(16) == 16
+    for frames in (0, -8, 12):
+        with pytest.raises(ValueError, match=f"chunk={frames}: expected a multiple of 8, at least 8"):
+            of(8).checked_chunk(frames)
+    with pytest.raises(ValueError, match="a Whole cannot be computed in chunks: pass the whole clip"):
+        Whole().checked_chunk(8)
+
+
+@given(st.integers(1, 100), st.integers(1, 100), st.sampled_from([1, 2, 8]))
+def test_sizes_round_as_the_family_says(height, width, factor):
+    sides = height, width
+    up, down, exact = (kind(spatial_factor=factor) for kind in (LittleConfig, Down, Exact))
+    assert up.latent_shape(9, *sides) == (2, *(-(-side // factor) for side in sides), 4)
+    if min(sides) < factor:
+        with pytest.raises(ValueError, match=f"at least {factor}x{factor} pixels, got {height}x{width}"):
+            down.latent_shape(9, *sides)
+    else:
+        assert down.latent_shape(9, *sides) == (2, height // factor, width // factor, 4)
+    if height % factor or width % factor:
+        with pytest.raises(ValueError, match=f"multiples of {factor}, got {height}x{width}"):
+            exact.latent_shape(9, *sides)
+    else:
+        assert exact.latent_shape(9, *sides) == up.latent_shape(9, *sides)
+
+
+def test_latents_decode_to_whole_multiples():
+    assert of(8).video_shape(3, 5, 7) == (17, 40, 56, 3)
+    with pytest.raises(ValueError, match="at least one pixel, got 0x8"):
+        of(8).latent_shape(9, 0, 8)
     with pytest.raises(ValueError, match=r"8k \+ 1 frames, got 16: use 9 or 17"):
-        config.latent_shape(16, 64, 64)
+        of(8).latent_shape(16, 8, 8)
     with pytest.raises(ValueError, match="at least one latent frame"):
-        config.video_shape(0, 8, 8)
+        of(8).video_shape(0, 8, 8)
