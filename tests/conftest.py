@@ -260,7 +260,7 @@ def small_pieces(monkeypatch):
     importlib.import_module("flax_vae.jobs.extract")  # before, as it keeps the number that it finds
     monkeypatch.setattr("flax_vae.jobs.pieces.PIECE_LATENTS", 1)
     monkeypatch.setattr("flax_vae.jobs.budget.MAX_CHUNK_LATENTS", 1)
-    monkeypatch.setattr("flax_vae.jobs.job.SHARE", 0)
+    monkeypatch.setattr("flax_vae.jobs.job.MIN_WORK_PER_SAVE", 0)
 
 
 @pytest.fixture(scope="session")

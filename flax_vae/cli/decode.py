@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from flax_vae.cli.options import COMPUTING, READING, Clip, Computing, LossyTiles, Resume, Weights, options
+from flax_vae.cli.options import Clip, CodingOptions, Hidden, Weights
+from flax_vae.jobs.screen import note
 
 In = Annotated[
     Path,
@@ -16,13 +18,19 @@ In = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class DecodingOptions(CodingOptions):
+    """Those without how clips are read."""
+
+    size: Hidden[str | None] = None
+    frames: Hidden[int | None] = None
+
+
+OPTIONS = DecodingOptions()
+
+
 def decode(
-    latents: In,
-    out: Clip,
-    weights: Weights,
-    computing: Computing = COMPUTING,
-    resume: Resume = False,
-    lossy_tiles: LossyTiles = False,
+    latents: In, out: Clip, weights: Weights, options: Annotated[DecodingOptions, arg(name="")] = OPTIONS
 ) -> None:
     """Decodes latents to a clip, a chunk at a time; the means are decoded, nothing is sampled.
 
@@ -33,7 +41,6 @@ def decode(
       flax-vae decode clip_latents clip_again.mp4 --weights my_vae
     """
     from flax_vae.jobs import decode as job
-    from flax_vae.jobs.screen import note
 
-    meter = job.decode(latents, out, weights, options(READING, computing, resume, lossy_tiles))
+    meter = job.decode(latents, out, weights, options)
     note(f"wrote {out}: {meter.pace()}")

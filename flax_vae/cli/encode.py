@@ -7,7 +7,8 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from flax_vae.cli.options import COMPUTING, READING, Computing, LossyTiles, Reading, Resume, Video, Weights, options
+from flax_vae.cli.options import CODING, Coding, Video, Weights
+from flax_vae.jobs.screen import note, table
 
 Out = Annotated[Path, Positional, arg(metavar="OUT", help="folder to write; replaced if it holds latents")]
 Scaling = Annotated[
@@ -21,16 +22,7 @@ Scaling = Annotated[
 ]
 
 
-def encode(
-    video: Video,
-    out: Out,
-    weights: Weights,
-    reading: Reading = READING,
-    computing: Computing = COMPUTING,
-    scaling: Scaling = None,
-    resume: Resume = False,
-    lossy_tiles: LossyTiles = False,
-) -> None:
+def encode(video: Video, out: Out, weights: Weights, options: Coding = CODING, scaling: Scaling = None) -> None:
     """Encodes a clip of any length to latents, a chunk at a time.
 
     OUT gets 00000.safetensors, 00001.safetensors and so on, each with `mean` and `logvar` of the next 16 latent frames
@@ -43,9 +35,8 @@ def encode(
     """
     from flax_vae.io.latents import Latents
     from flax_vae.jobs import encode as job
-    from flax_vae.jobs.screen import note, table
 
-    meter = job.encode(video, out, weights, options(reading, computing, resume, lossy_tiles), scaling)
+    meter = job.encode(video, out, weights, options, scaling)
     if not video.is_dir():
         latents = Latents(out)
         rows = [

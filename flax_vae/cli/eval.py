@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from tyro.conf import FlagCreatePairsOff, Positional, arg
+from tyro.conf import Positional, arg
 
-from flax_vae.cli.options import COMPUTING, NO_CLUSTER, READING, Checkpoint, Computing, Processes, Reading, options
+from flax_vae.cli.options import NO_CLUSTER, Checkpoint, CodingOptions, Flag, Hidden, Processes, flag_help
+from flax_vae.jobs.screen import note
 from flax_vae.runtime.cluster import joined
 
 Data = Annotated[
@@ -24,20 +26,28 @@ Out = Annotated[
     arg(metavar="DIR", help="folder for eval.json and eval.png, made if it is not there; older ones are replaced"),
 ]
 NEEDED, UNWANTED = "fail where {} cannot be computed, in place of a note", "leave {} out"
-NeedLPIPS = Annotated[bool, FlagCreatePairsOff, arg(name="lpips", help=NEEDED.format("LPIPS"), help_behavior_hint="")]
-NoLPIPS = Annotated[
-    bool, FlagCreatePairsOff, arg(name="no-lpips", help=UNWANTED.format("LPIPS"), help_behavior_hint="")
-]
-NeedFVD = Annotated[bool, FlagCreatePairsOff, arg(name="fvd", help=NEEDED.format("rFVD"), help_behavior_hint="")]
-NoFVD = Annotated[bool, FlagCreatePairsOff, arg(name="no-fvd", help=UNWANTED.format("rFVD"), help_behavior_hint="")]
+NeedLPIPS = Annotated[Flag, flag_help(NEEDED.format("LPIPS"), name="lpips")]
+NoLPIPS = Annotated[Flag, flag_help(UNWANTED.format("LPIPS"), name="no-lpips")]
+NeedFVD = Annotated[Flag, flag_help(NEEDED.format("rFVD"), name="fvd")]
+NoFVD = Annotated[Flag, flag_help(UNWANTED.format("rFVD"), name="no-fvd")]
+
+
+@dataclass(frozen=True)
+class EvaluationOptions(CodingOptions):
+    """Those without what changes the results, and without `resume`."""
+
+    lossy_tiles: Hidden[bool] = False
+    resume: Hidden[bool] = False
+
+
+OPTIONS = EvaluationOptions()
 
 
 def eval(
     weights: Checkpoint,
     data: Data,
     out: Out = Path("eval_output"),
-    reading: Reading = READING,
-    computing: Computing = COMPUTING,
+    options: Annotated[EvaluationOptions, arg(name="")] = OPTIONS,
     lpips: NeedLPIPS = False,
     no_lpips: NoLPIPS = False,
     fvd: NeedFVD = False,
@@ -64,18 +74,14 @@ def eval(
     Example:
       flax-vae eval my_vae clips/ --out my_vae_eval --size 256x256 --frames 65
     """
-    import matplotlib  # noqa: F401  # needed last of all, so a missing one would be noticed too late
-
     from flax_vae.cli.eval_report import JSON, PICTURE, show, write
     from flax_vae.jobs.evaluation.evaluate import evaluate
-    from flax_vae.jobs.screen import note
 
     asked = one_of("lpips", lpips, no_lpips), one_of("fvd", fvd, no_fvd)
     with joined(cluster) as (process, _):
-        evaluation, about, meter = evaluate(weights, data, out, options(reading, computing), *asked)
+        evaluation, about, meter = evaluate(weights, data, out, options, *asked)
         if process > 0:
             return
-        out.mkdir(exist_ok=True)
         write(out, evaluation, about)
         show(data, evaluation)
         note(f"wrote {out / JSON} and {out / PICTURE}: {meter.pace()}")

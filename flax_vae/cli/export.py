@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from flax_vae.cli.port import Overwrite, Target
+from flax_vae.jobs.screen import note
 
 Run = Annotated[Path, Positional, arg(metavar="DIR", help="folder of a training run, which may still go on")]
 Step = Annotated[
@@ -30,7 +31,6 @@ def export(
     import numpy as np
 
     from flax_vae.jobs.port import check_target, replacing_folder
-    from flax_vae.jobs.screen import note
     from flax_vae.train.averaged import averaged
 
     check_target(out, str(run), overwrite)

@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from flax_vae.cli.options import (
-    COMPUTING,
-    NO_CLUSTER,
-    READING,
-    Computing,
-    LossyTiles,
-    Processes,
-    Reading,
-    Weights,
-    options,
-)
+from flax_vae.cli.options import NO_CLUSTER, CodingOptions, Hidden, Processes, Weights
 from flax_vae.runtime.cluster import joined
 
 Source = Annotated[
@@ -41,14 +32,22 @@ Part = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class ExtractionOptions(CodingOptions):
+    """Those without `resume`, which an extraction always does."""
+
+    resume: Hidden[bool] = False
+
+
+OPTIONS = ExtractionOptions()
+
+
 def extract(
     source: Source,
     out: Out,
     weights: Weights,
-    reading: Reading = READING,
-    computing: Computing = COMPUTING,
+    options: Annotated[ExtractionOptions, arg(name="")] = OPTIONS,
     part: Part = None,
-    lossy_tiles: LossyTiles = False,
     cluster: Processes = NO_CLUSTER,
 ) -> None:
     """Encodes a whole data set: every clip of a folder or manifest to latents, and statistics over all of them.
@@ -70,7 +69,7 @@ def extract(
         raise ValueError(f"--part {part}: in a cluster each process does the part of its number; leave it out")
     with joined(cluster) as (process, processes):
         own = (process + 1, processes) if part is None else read_part(part)
-        job.extract(source, out, weights, options(reading, computing, lossy_tiles=lossy_tiles), own)
+        job.extract(source, out, weights, options, own)
 
 
 def read_part(text: str) -> tuple[int, int]:

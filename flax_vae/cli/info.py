@@ -34,7 +34,6 @@ def info(checkpoint: Checkpoint, size: Size = None, frames: Frames = 17, config:
     from flax_vae.families import registry
     from flax_vae.io.pixels import parse_size
     from flax_vae.io.port import match, unwrapped
-    from flax_vae.jobs.clip import filled
     from flax_vae.jobs.model import config_of
 
     wanted = parse_size(size)
@@ -53,7 +52,7 @@ def info(checkpoint: Checkpoint, size: Size = None, frames: Frames = 17, config:
     rows = [*parts.items(), ("all", parts.total())]
     table(f"parameters, stored as {', '.join(f'{kind} ({n} tensors)' for kind, n in kinds.items())}", rows)
 
-    whole = filled(frames, settings)
+    whole = settings.fitted_frames(frames, "pad")
     latents = settings.latent_shape(whole, height, width)
     clip = f"{counted(frames)} of {height}x{width}" + f", filled to {whole}" * (whole > frames)
     span = settings.temporal_factor, settings.spatial_factor, settings.spatial_factor

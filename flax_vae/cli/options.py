@@ -2,12 +2,22 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from tyro.conf import FlagCreatePairsOff, Positional, arg
+from tyro.conf import Fixed, FlagCreatePairsOff, Positional, Suppress, arg
 
 from flax_vae.jobs.options import Options
 from flax_vae.runtime.cluster import Cluster
+
+T = TypeVar("T")
+Hidden = Annotated[T, Fixed, Suppress]  # an option that a command does not take
+Flag = Annotated[bool, FlagCreatePairsOff]
+
+
+def flag_help(text: str, **settings: Any) -> Any:
+    """Returns the help of a `Flag`, without its default, which is always off."""
+    return arg(help=text, help_behavior_hint="", **settings)
+
 
 _CHECKPOINT = (
     "checkpoint: a folder with config.json and *.safetensors (also sharded), .bin, .pt or .pth, "
@@ -32,27 +42,6 @@ Config = Annotated[
     Path | None,
     arg(metavar="FILE", help="config.json to use", help_behavior_hint="(default: the one beside the weights)"),
 ]
-Size = Annotated[
-    str | None,
-    arg(
-        metavar="SHORT|HxW",
-        help="size in pixels: the short side, as 256, or height x width, as 288x512; the clip is scaled to cover it, "
-        "and its centre cropped to multiples of the model's spatial factor (8 as released)",
-        help_behavior_hint="(default: the clip's own size, or short side 256 if that is less)",
-    ),
-]
-Frames = Annotated[
-    int | None,
-    arg(metavar="N", help="read at most this many frames", help_behavior_hint="(default: all)"),
-]
-Memory = Annotated[
-    str | None,
-    arg(
-        metavar="SIZE",
-        help="memory to stay within, as 4GiB; it decides how many frames are computed at a time, before any is",
-        help_behavior_hint="(default: a share of the device's)",
-    ),
-]
 Mesh = Annotated[
     str | None,
     arg(
@@ -62,72 +51,60 @@ Mesh = Annotated[
         help_behavior_hint="(default: one device)",
     ),
 ]
+Processes = Annotated[Cluster, FlagCreatePairsOff, arg(name="")]
+NO_CLUSTER = Cluster()
 
 
 @dataclass(frozen=True)
-class ReadingOptions:
-    """How clips are read."""
+class CodingOptions(Options):
+    """The options of a job, each with its help."""
 
-    size: Size = None
-    frames: Frames = None
-
-
-@dataclass(frozen=True)
-class ComputingOptions:
-    """Within how much memory, on what devices, in what precision and in what order a command computes."""
-
-    memory: Memory = None
-    mesh: Mesh = None
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """what weights and frames are computed in; bfloat16 takes half the memory, and rounds to three digits"""
-    frame_by_frame: Annotated[
-        bool,
-        FlagCreatePairsOff,
+    size: Annotated[
+        str | None,
         arg(
-            help="compute each block one frame after the other: the same results in less memory, for frames so large "
-            "that those of one latent do not fit",
-            help_behavior_hint="",
+            metavar="SHORT|HxW",
+            help="size in pixels: the short side, as 256, or height x width, as 288x512; the clip is scaled to cover "
+            "it, and its centre cropped to multiples of the model's spatial factor (8 as released)",
+            help_behavior_hint="(default: the clip's own size, or short side 256 if that is less)",
+        ),
+    ] = None
+    frames: Annotated[
+        int | None, arg(metavar="N", help="read at most this many frames", help_behavior_hint="(default: all)")
+    ] = None
+    memory: Annotated[
+        str | None,
+        arg(
+            metavar="SIZE",
+            help="memory to stay within, as 4GiB; it decides how many frames are computed at a time, before any is",
+            help_behavior_hint="(default: a share of the device's)",
+        ),
+    ] = None
+    mesh: Mesh = None
+    precision: Annotated[
+        Literal["float32", "bfloat16"],
+        arg(help="what weights and frames are computed in; bfloat16 takes half the memory, and rounds to three digits"),
+    ] = "float32"
+    frame_by_frame: Annotated[
+        Flag,
+        flag_help(
+            "compute each block one frame after the other: the same results in less memory, for frames so large that "
+            "those of one latent do not fit"
+        ),
+    ] = False
+    lossy_tiles: Annotated[
+        Flag,
+        flag_help(
+            "compute frames in tiles of 256 x 256 pixels, blended: takes less memory for large frames, and changes "
+            "what comes out, often visibly; chunks of fewer frames (--memory) change nothing"
+        ),
+    ] = False
+    resume: Annotated[
+        Flag,
+        flag_help(
+            "go on with what the same command has done before it was stopped; the result is the same to the last byte"
         ),
     ] = False
 
 
-Reading = Annotated[ReadingOptions, arg(name="")]
-Computing = Annotated[ComputingOptions, arg(name="")]
-READING, COMPUTING = ReadingOptions(), ComputingOptions()
-
-
-def options(
-    reading: ReadingOptions, computing: ComputingOptions, resume: bool = False, lossy_tiles: bool = False
-) -> Options:
-    """Joins what a command was told to the options of its job."""
-    return Options(**vars(reading), **vars(computing), resume=resume, lossy_tiles=lossy_tiles)
-
-
-Resume = Annotated[
-    bool,
-    FlagCreatePairsOff,
-    arg(
-        help="go on with what the same command has done before it was stopped; the result is the same to the last byte",
-        help_behavior_hint="",
-    ),
-]
-LossyTiles = Annotated[
-    bool,
-    FlagCreatePairsOff,
-    arg(
-        help="compute frames in tiles of 256 x 256 pixels, blended: takes less memory for large frames, and changes "
-        "what comes out, often visibly; chunks of fewer frames (--memory) change nothing",
-        help_behavior_hint="",
-    ),
-]
-MeasureTiles = Annotated[
-    bool,
-    FlagCreatePairsOff,
-    arg(
-        help="with --lossy-tiles: print the PSNR of the first frames in tiles against those without, which takes the "
-        "memory that tiles save",
-        help_behavior_hint="",
-    ),
-]
-Processes = Annotated[Cluster, FlagCreatePairsOff, arg(name="")]
-NO_CLUSTER = Cluster()
+Coding = Annotated[CodingOptions, arg(name="")]
+CODING = CodingOptions()

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import FlagCreatePairsOff, Positional, arg
+from tyro.conf import Positional, arg
 
-from flax_vae.cli.options import Checkpoint, Config
+from flax_vae.cli.options import Checkpoint, Config, Flag, flag_help
+from flax_vae.jobs.screen import note, table
 
 Target = Annotated[Path, Positional, arg(metavar="DST", help="folder to write")]
 DType = Annotated[Literal["keep", "float32", "bfloat16", "float16"], arg(help="precision to store the weights in")]
-Overwrite = Annotated[bool, FlagCreatePairsOff, arg(help="replace the checkpoint in DST", help_behavior_hint="")]
+Overwrite = Annotated[Flag, flag_help("replace the checkpoint in DST")]
 
 
 def port(
@@ -28,7 +29,6 @@ def port(
       flax-vae port downloads/checkpoint.pth my_vae --config config.json --dtype bfloat16
     """
     from flax_vae.jobs import port as job
-    from flax_vae.jobs.screen import note, table
 
     kind, rows = job.port(src, dst, dtype, config, overwrite)
     table(f"{src} to {dst}, stored as {kind}", rows, ("part", "tensors", "parameters", "equal, bit for bit"))

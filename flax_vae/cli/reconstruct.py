@@ -3,38 +3,22 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated
 
-import numpy as np
+from flax_vae.cli.options import CODING, Clip, Coding, Flag, Video, Weights, flag_help
+from flax_vae.jobs.screen import counted, table
 
-from flax_vae.cli.options import (
-    COMPUTING,
-    READING,
-    Clip,
-    Computing,
-    LossyTiles,
-    MeasureTiles,
-    Reading,
-    Resume,
-    Video,
-    Weights,
-    options,
-)
-
-if TYPE_CHECKING:
-    from flax_vae.jobs.reconstruct import Reconstruction
+MeasureTiles = Annotated[
+    Flag,
+    flag_help(
+        "with --lossy-tiles: print the PSNR of the first frames in tiles against those without, which takes the "
+        "memory that tiles save"
+    ),
+]
 
 
 def reconstruct(
-    video: Video,
-    out: Clip,
-    weights: Weights,
-    reading: Reading = READING,
-    computing: Computing = COMPUTING,
-    resume: Resume = False,
-    lossy_tiles: LossyTiles = False,
-    measure_tiles: MeasureTiles = False,
+    video: Video, out: Clip, weights: Weights, options: Coding = CODING, measure_tiles: MeasureTiles = False
 ) -> None:
     """Encodes and decodes a clip of any length, a chunk at a time, and shows what is lost on the way.
 
@@ -48,24 +32,16 @@ def reconstruct(
     """
     from flax_vae.jobs import reconstruct as job
 
-    asked = options(reading, computing, resume, lossy_tiles)
-    report(video, out, job.reconstruct(video, out, weights, asked, measure_tiles))
-
-
-def report(video: Path, out: Path, found: Reconstruction) -> None:
-    """Prints what was lost, and where to look."""
-    from flax_vae.jobs.reconstruct import sheet_of
-    from flax_vae.jobs.screen import counted, table
-
+    found = job.reconstruct(video, out, weights, options, measure_tiles)
     if not (quality := found.quality):
         return
-    worst = int(np.argmin(quality))
+    worst = min(range(len(quality)), key=quality.__getitem__)
     rows = [
         ("PSNR, mean of the frames", f"{math.fsum(quality) / len(quality):.2f} dB"),
         ("PSNR, worst frame", f"{quality[worst]:.2f} dB (frame {worst})"),
         *found.tiles,
         ("speed", found.meter.pace()),
         ("written", str(out)),
-        *([("contact sheet", str(sheet_of(out)))] if not video.is_dir() else []),
+        *([("contact sheet", str(job.sheet_of(out)))] if not video.is_dir() else []),
     ]
     table(f"{video}: {counted(len(quality))}", rows)

@@ -1,4 +1,4 @@
-"""Work from file to file that can be stopped and gone on with: encode, decode, reconstruct, extract, evaluate, port."""
+"""Work from file to file, resumable: encode, decode, reconstruct, extract, evaluate, port, train."""
 
 
 class CheckFailed(Exception):

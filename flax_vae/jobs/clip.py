@@ -1,4 +1,4 @@
-"""How a job reads its clips: at which size, in which chunks, and with which frames repeated to fill the last one.
+"""How a job reads its clips: their size, their chunks, and the last frame repeated to fill the last chunk.
 
 T frames, H W pixels.
 """
@@ -9,17 +9,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
-
-from flax_vae.jobs.pieces import Chunk, marked
+from flax_vae.io.pixels import fit_size, is_only_cropped, parse_size, to_float
+from flax_vae.io.video_reader import probe, read_frames
+from flax_vae.jobs.pieces import Chunk, cut_padded
 from flax_vae.jobs.screen import counted, note
+from flax_vae.models.config import VAEConfig
 
-if TYPE_CHECKING:
-    from flax_vae.models.config import VAEConfig
-
-SHORT_SIDE = 256  # of larger clips, where no size is asked for
+MAX_SHORT_SIDE = 256  # pixels, where no size is given
 
 
 @dataclass(frozen=True)
@@ -39,79 +36,78 @@ class Clip:
 
     @property
     def expected(self) -> int | None:
-        """Frames to come, if known."""
+        """Frames to come, where known."""
         return min((n for n in (self.limit, self.stated) if n is not None), default=None)
 
     @property
     def expected_latents(self) -> int | None:
-        """Latents to come, if known."""
-        return None if self.expected is None else self.config.latent_frames(filled(self.expected, self.config))
+        """Latents to come, where known."""
+        return (
+            None
+            if self.expected is None
+            else self.config.latent_frames(self.config.fitted_frames(self.expected, "pad"))
+        )
 
     def shape(self, latents: int) -> tuple[int, ...]:
-        """Returns the shape of a chunk that becomes so many latents, or of the first frame for 0."""
+        """Returns the shape (1, T, H, W, C) of a chunk of N latents, or of the first frame for 0."""
         return 1, self.config.chunk_frames(latents), self.height, self.width, self.config.pixel_channels
 
     @property
     def source(self) -> dict[str, object]:
-        """What tells this clip from another: where the file is, how large, and when it was last written."""
+        """What tells this clip from another: path, size of the file, and when it was last written."""
         status = self.path.stat()
         return {"clip": self.path.absolute(), "bytes": status.st_size, "written": status.st_mtime_ns}
 
     def chunks(self, latents: int, start: int = 0) -> Iterator[Chunk]:
-        """Yields the clip from frame `start` on: its first frame alone, then as many frames as give `latents`.
+        """Yields the clip from frame `start` on: its first frame alone, then chunks of N latents.
 
-        The last chunk is filled by repeating its last frame: a shape of its own would be compiled for it alone.
-        Raises ValueError when the clip, or the part of it that is asked for, ends before `start`.
+        Raises ValueError where the clip, or the part of it that is asked for, ends before `start`.
         """
-        from flax_vae.io.pixels import to_float
-        from flax_vae.io.video_reader import read_frames
-        from flax_vae.runtime.stream import cut
-
         if self.limit is not None and self.limit <= start:
             raise ValueError(f"--frames {self.limit}: {start} frames are done already; ask for more, or for all")
-        size, number = self.config.chunk_frames(latents), start
         frames = read_frames(self.path, (self.height, self.width), self.limit and self.limit - start, start)
-        for pixels, is_last in marked(cut(frames, size, first=size if start else 1)):
-            length = len(pixels)
-            whole = length + (-length % size if number else 0)
-            data = np.concatenate([pixels, np.repeat(pixels[-1:], whole - length, axis=0)])
-            done = -(-length // self.config.temporal_factor)
-            yield Chunk(to_float(data)[None], length, done, is_last, pixels)
-            number += length
-        if number == start and start:
+        number = 0
+        for pixels, number, is_last in cut_padded(frames, self.config.chunk_frames(latents), is_start=start == 0):
+            done = -(-number // self.config.temporal_factor)
+            yield Chunk(to_float(pixels)[None], number, done, is_last, pixels[:number])
+        if start and not number:
             raise ValueError(f"{self.path}: ends before frame {start}, up to which it was done; it was longer then")
 
     def report(self, frames: int) -> None:
-        """Says what has become of the number of frames, once `frames` have been read."""
+        """Notes where another number of frames was read than expected, and how many are repeated."""
         if self.limit is not None and frames < self.limit:
             note(f"{self.path} has {counted(frames)}, fewer than the {self.limit} asked for")
         elif frames != (self.expected or frames):
             note(f"{self.path} states {self.stated} frames, but {frames} were read")
-        if (whole := filled(frames, self.config)) != frames:
+        if (whole := self.config.fitted_frames(frames, "pad")) != frames:
             note(
                 f"{frames} frames are not {self.config.frame_law()}: the last one is repeated to make {whole}, "
                 "and the repeats are cut off after decoding"
             )
 
 
-def expected(clips: Iterable[Clip]) -> int | None:
-    """Gives the frames of all clips together, if known."""
+def expected_frames(clips: Iterable[Clip]) -> int | None:
+    """Returns the frames of all clips together, where known."""
     counts = [clip.expected for clip in clips]
     return None if None in counts else sum(count for count in counts if count is not None)
 
 
 def open_clip(path: Path, config: VAEConfig, size: str | None, frames: int | None) -> Clip:
-    """Finds out what a clip holds and decides its size; ValueError for a clip or size that will not do."""
-    from flax_vae.io.pixels import fit_size, is_only_cropped, parse_size
-    from flax_vae.io.video_reader import probe
+    """Probes a clip and chooses its size.
 
-    if frames is not None and frames < 1:
-        raise ValueError(f"--frames {frames}: expected 1 or more")
-    wanted = parse_size(size)
-    info = probe(path)
-    multiple = max(config.spatial_factor, 2)  # and H.264 needs even sizes
-    if wanted is None and min(info.height, info.width) > SHORT_SIDE:
-        wanted = SHORT_SIDE
+    Args:
+      path: video or image.
+      config: of the model that will read it.
+      size: short side or height x width; None is the clip's own, at most `MAX_SHORT_SIDE`.
+      frames: reads at most N.
+
+    Raises:
+      ValueError: a model, a size or a number of frames that no clip can have, or a clip that cannot be read.
+    """
+    multiple = check_reading(config, size, frames)
+    wanted, info = parse_size(size), probe(path)
+    if wanted is None and min(info.height, info.width) > MAX_SHORT_SIDE:
+        wanted = MAX_SHORT_SIDE
     height, width = fit_size(info.height, info.width, multiple, wanted)
     is_sharp = is_only_cropped((info.height, info.width), (height, width))
     changed = f"{'centre-cropped' if is_sharp else 'scaled and cropped'} to {height}x{width}"
@@ -121,6 +117,20 @@ def open_clip(path: Path, config: VAEConfig, size: str | None, frames: int | Non
     return Clip(path, height, width, info.fps, frames, info.frames, config, info.is_image, bool(info.sound), about)
 
 
-def filled(frames: int, config: VAEConfig) -> int:
-    """Returns the length of a clip once its last frame is repeated to make whole latents."""
-    return config.fitted_frames(frames, "pad")
+def check_reading(config: VAEConfig, size: str | None, frames: int | None) -> int:
+    """Returns what sizes are multiples of; ValueError for a model, size or number of frames that no clip can have."""
+    check_pixels(config)
+    if frames is not None and frames < 1:
+        raise ValueError(f"--frames {frames}: expected 1 or more")
+    multiple = max(config.spatial_factor, 2)  # H.264 needs even sizes
+    fit_size(1, 1, multiple, parse_size(size))
+    return multiple
+
+
+def check_pixels(config: VAEConfig) -> None:
+    """Raises ValueError for a model whose pixels are not RGB, as which clips are read and written."""
+    if config.pixel_channels != 3:
+        raise ValueError(
+            f"a {config.class_name} of {config.pixel_channels} channels a pixel: clips are read and written as RGB, "
+            "which has 3; encode and decode arrays with flax_vae.from_pretrained"
+        )

@@ -5,59 +5,56 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from flax_vae.io.files import scratch
+from flax_vae.io.latents import SUFFIX, Latents, write_latents
+from flax_vae.io.manifest import Entry, Log, as_json, read_entries, read_log, read_settings, write_lines
 from flax_vae.io.video_reader import UNREADABLE
 from flax_vae.jobs.budget import batch_clips, chunk_latents
-from flax_vae.jobs.clip import Clip, open_clip
-from flax_vae.jobs.encode import encode_clip
+from flax_vae.jobs.clip import Clip, check_pixels, open_clip
+from flax_vae.jobs.encode import about_latents, encode_clip
+from flax_vae.jobs.job import folder_of
 from flax_vae.jobs.model import Model, check_stream, load, read_config
 from flax_vae.jobs.options import Options
-from flax_vae.jobs.pieces import PIECE_LATENTS, Chunk
-from flax_vae.jobs.screen import Meter, note, progress, table
-
-if TYPE_CHECKING:
-    from flax_vae.io.latents import About
-    from flax_vae.io.manifest import Entry, Log
-    from flax_vae.models.statistics import LatentStatistics
+from flax_vae.jobs.pieces import PIECE_LATENTS, Chunk, streamed
+from flax_vae.jobs.screen import Meter, first_few, note, progress, table
+from flax_vae.jobs.sources import check_folder
+from flax_vae.models.statistics import LatentStatistics
+from flax_vae.runtime.stream import compiled
 
 LATENTS = "latents"
 MANIFEST, FAILED, STATISTICS = "manifest.jsonl", "failed.jsonl", "statistics.json"
 
 
 def extract(source: Path, out: Path, weights: str, options: Options, part: tuple[int, int] = (1, 1)) -> None:
-    """Encodes the K-th of every N clips of a folder or manifest; of the last part to end, finishes `out`."""
-    from flax_vae.io.files import scratch
-    from flax_vae.io.manifest import Log, read_entries
+    """Encodes the clips of a data set, and goes on with it where some are done; the last part to end finishes `out`.
 
+    Args:
+      source: a folder or a manifest.
+      out: the folder to write.
+      weights: a checkpoint.
+      options: how to read and compute.
+      part: (k, n) encodes the k-th of every n clips, counted from 1.
+    """
     number, parts = part
     config, entries = read_config(weights), read_entries(source)
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{out}: there is no folder {out.absolute().parent}; create it first")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out}: is a file; give a folder to write")
+    check_pixels(config)
+    check_folder(out)
     logs = check_parts(out, parts)
     check_stream(options.mesh, config, ())
-
-    def open_entry(path: Path) -> Clip:
-        clip = open_clip(path, config, options.size, options.frames)
-        check_stream(options.mesh, config, [(clip.height, clip.width)])
-        return clip
-
     model = load(weights, options)
     settings = {"size": options.size, "frames": options.frames, **model.identity}
     check_settings(logs, settings)
     (out / LATENTS).mkdir(parents=True, exist_ok=True)
     own = logs[number - 1]
     with Log(own, settings) as log, scratch(own.with_name(f".{own.stem}")) as folder:
-        mine = [entry for i, entry in enumerate(entries) if i % parts == number - 1]
-        Extraction(out, model, options, log, folder).run(mine, open_entry)
+        Extraction(out, model, options, log, folder).run(entries[number - 1 :: parts])
         finish(source, out, entries, logs, folder)
 
 
@@ -65,24 +62,20 @@ class Extraction:
     """Encodes clips to files in OUT/latents, and logs what has become of each."""
 
     def __init__(self, out: Path, model: Model, options: Options, log: Log, scratch: Path):
-        from flax_vae.runtime.stream import compiled
-
         self.out, self.model, self.options, self.log, self.scratch = out, model, options, log, scratch
         self.step = compiled(model.vae.encode_chunk, model.mesh)
-        self._batches: dict[tuple[int, ...], tuple[int, int]] = {}
+        self._sizes: dict[tuple[int, ...], tuple[int, int]] = {}
 
-    def run(self, entries: Sequence[Entry], open_entry: Callable[[Path], Clip]) -> None:
+    def run(self, entries: Sequence[Entry]) -> None:
         """Encodes what is not done yet, short clips of one shape together."""
-        from flax_vae.io.manifest import read_log
-
         done = {line["path"] for line in read_log(self.log.path) if "latents" in line}
         left = [entry for entry in entries if str(entry.path) not in done]
-        groups: dict[tuple[int, ...], list[Row]] = {}
+        groups: dict[tuple[int, ...], list[tuple[Entry, Clip]]] = {}
         with progress("extracting", len(entries), "clips") as self._meter:
             self._meter.already(len(entries) - len(left))
             for i, entry in enumerate(left):
                 try:
-                    clip = open_entry(entry.path)
+                    clip = self.open(entry.path)
                 except UNREADABLE as error:
                     self.fail(entry, error)
                     continue
@@ -90,56 +83,68 @@ class Extraction:
                     self.encode_long(entry, clip)
                     continue
                 shape = (clip.height, clip.width, clip.expected_latents)
-                latents, most = self.batch(shape, clip, len(left) - i)
                 group = groups.setdefault(shape, [])
-                group.append(Row(entry, clip, latents))
-                if len(group) == most:
-                    self.encode_together(groups.pop(shape))
-            for group in groups.values():
+                group.append((entry, clip))
+                if len(group) == self.sizes(shape, clip, len(left) - i)[1]:
+                    self.encode_together(groups.pop(shape), self._sizes[shape][0])
+            for shape, group in groups.items():
                 while group:  # by powers of two, so that few sizes of batch are compiled
-                    most = 1 << (len(group).bit_length() - 1)
-                    self.encode_together(group[:most])
-                    del group[:most]
+                    count = 1 << (len(group).bit_length() - 1)
+                    self.encode_together(group[:count], self._sizes[shape][0])
+                    del group[:count]
 
-    def batch(self, shape: tuple[int, ...], clip: Clip, left: int) -> tuple[int, int]:
-        """Gives latents of a chunk and clips of a batch, for clips of one shape."""
-        if shape not in self._batches:
+    def open(self, path: Path) -> Clip:
+        """Opens a clip; ValueError also where the mesh does not divide it."""
+        config = self.model.vae.config
+        clip = open_clip(path, config, self.options.size, self.options.frames)
+        check_stream(self.options.mesh, config, [(clip.height, clip.width)])
+        return clip
+
+    def sizes(self, shape: tuple[int, ...], clip: Clip, left: int) -> tuple[int, int]:
+        """Returns the latents of a chunk and the clips of a batch, for clips of one shape, of which N are left."""
+        if shape not in self._sizes:
             latents = chunk_latents(self.step, clip.shape, clip.expected_latents, self.options.budget)
             later = latents if clip.expected_latents != 1 else None
-            self._batches[shape] = latents, batch_clips(self.step, clip.shape, later, left, self.options.budget)
-        return self._batches[shape]
+            self._sizes[shape] = latents, batch_clips(self.step, clip.shape, later, left, self.options.budget)
+        return self._sizes[shape]
 
-    def encode_together(self, rows: list[Row]) -> None:
-        """Encodes clips side by side, each to a file; one that turns out to be broken does not touch the others."""
-        from flax_vae.io.latents import SUFFIX, write_latents
-        from flax_vae.models.statistics import LatentStatistics
-        from flax_vae.runtime.stream import Stream
+    def encode_together(self, group: Sequence[tuple[Entry, Clip]], size: int) -> None:
+        """Encodes clips as one batch, each to a file; one that turns out to be broken does not touch the others."""
+        failures: dict[int, Exception] = {}
+        parts: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in group]
+        frames = [0] * len(group)
 
-        def batches() -> Iterator[np.ndarray]:
-            while not all(row.is_over for row in rows):
-                yield np.concatenate([row.read() for row in rows])
+        def chunks_of(i: int, clip: Clip) -> Iterator[Chunk]:
+            try:
+                yield from clip.chunks(size)
+            except UNREADABLE as error:
+                failures[i] = error
 
-        for posterior in Stream(self.step, batches()):
+        def batches() -> Iterator[tuple[np.ndarray, tuple[Chunk | None, ...]]]:
+            for chunks in zip_longest(*(chunks_of(i, clip) for i, (_, clip) in enumerate(group))):
+                padding = np.zeros_like(next(chunk.data for chunk in chunks if chunk))  # after the end of a clip
+                yield np.concatenate([chunk.data if chunk else padding for chunk in chunks]), chunks
+
+        for chunks, posterior, _ in streamed(self.step, batches()):
             mean, logvar = (np.asarray(x, np.float32) for x in (posterior.mean, posterior.logvar))
-            for i, row in enumerate(rows):
-                row.take(mean[i : i + 1], logvar[i : i + 1])
-        for row in rows:
-            if row.failure is not None:
-                self.fail(row.entry, row.failure)
+            for i, chunk in enumerate(chunks):
+                if chunk:
+                    own = slice(i, i + 1), slice(0, chunk.latents)
+                    parts[i].append((mean[own], logvar[own]))
+                    frames[i] += chunk.frames
+        for i, (entry, clip) in enumerate(group):
+            if i in failures:
+                self.fail(entry, failures[i])
                 continue
-            mean, logvar = (np.concatenate(parts, axis=1) for parts in zip(*row.parts, strict=True))
-            target = self.target(row.entry, SUFFIX)
+            mean, logvar = (np.concatenate(each, axis=1) for each in zip(*parts[i], strict=True))
+            target = self.target(entry, SUFFIX)
             whole = self.scratch / target.name
-            write_latents(whole, self.about(row.clip), mean, logvar, row.frames)
+            write_latents(whole, about_latents(clip, self.model), mean, logvar, frames[i])
             os.replace(whole, target)
-            self.done(row.entry, target, row.clip, row.frames, LatentStatistics.of(mean, logvar))
+            self.done(entry, target, clip, frames[i], LatentStatistics.of(mean, logvar))
 
     def encode_long(self, entry: Entry, clip: Clip) -> None:
         """Encodes one clip to a folder of files, or goes on with it."""
-        from flax_vae.io.latents import Latents
-        from flax_vae.jobs.job import folder_of
-        from flax_vae.models.statistics import LatentStatistics
-
         target = self.target(entry, "")
         try:
             encode_clip(clip, target, self.model, replace(self.options, resume=True), Meter())
@@ -151,65 +156,26 @@ class Extraction:
         parts = [LatentStatistics.of(shard.read("mean"), shard.read("logvar"), shard.start) for shard in latents.shards]
         self.done(entry, target, clip, latents.frames, sum(parts[1:], parts[0]))
 
-    def about(self, clip: Clip) -> About:
-        """Gives what the latents of a clip say of it."""
-        from flax_vae.io.latents import About
-
-        return About(clip.height, clip.width, clip.fps, self.model.config_hash, self.model.weights)
-
     def target(self, entry: Entry, suffix: str) -> Path:
-        """Gives the path of a clip's latents, in a folder that is there."""
+        """Returns the path of a clip's latents, in a folder that exists."""
         path = self.out / LATENTS / f"{entry.name}{suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def done(self, entry: Entry, target: Path, clip: Clip, frames: int, statistics: LatentStatistics) -> None:
         """Logs a clip that is encoded."""
-        about = {"frames": frames, "height": clip.height, "width": clip.width}
-        line = {
-            "kind": entry.kind,
-            "path": str(entry.path),
-            "latents": target.relative_to(self.out).as_posix(),
-            **about,
-        }
-        self.log.add({**line, "statistics": statistics.to_dict()})
-        self._meter.done(1)
+        line = {"latents": target.relative_to(self.out).as_posix(), "frames": frames}
+        size = {"height": clip.height, "width": clip.width}
+        self.add(entry, {**line, **size, "statistics": statistics.to_dict()})
 
     def fail(self, entry: Entry, error: Exception) -> None:
         """Logs a clip that cannot be read."""
-        self.log.add({"kind": entry.kind, "path": str(entry.path), "error": str(error)})
+        self.add(entry, {"error": str(error)})
+
+    def add(self, entry: Entry, line: Mapping[str, object]) -> None:
+        """Logs a clip, and counts it."""
+        self.log.add({"kind": entry.kind, "path": str(entry.path), **line})
         self._meter.done(1)
-
-
-class Row:
-    """A clip in a batch: its chunks, and the latents that come of them."""
-
-    def __init__(self, entry: Entry, clip: Clip, latents: int):
-        self.entry, self.clip = entry, clip
-        self.frames, self.is_over, self.failure = 0, False, None
-        self.parts: list[tuple[np.ndarray, np.ndarray]] = []
-        self._latents, self._chunks = latents, clip.chunks(latents)
-        self._shape = clip.shape(0)
-        self._waiting: deque[Chunk | None] = deque()  # read ahead of their results
-
-    def read(self) -> np.ndarray:
-        """Gives the next chunk, or zeros after the end of the clip, or its first damage."""
-        data, self._shape = np.zeros(self._shape, np.float32), self.clip.shape(self._latents)
-        chunk = None
-        if not self.is_over:
-            try:
-                chunk = next(self._chunks)
-                data, self.is_over = chunk.data, chunk.is_last
-            except UNREADABLE as error:
-                self.failure, self.is_over = error, True
-        self._waiting.append(chunk)
-        return data
-
-    def take(self, mean: np.ndarray, logvar: np.ndarray) -> None:
-        """Keeps the latents of the chunk that was read first of those not taken yet."""
-        if (chunk := self._waiting.popleft()) is not None:
-            self.parts.append((mean[:, : chunk.latents], logvar[:, : chunk.latents]))
-            self.frames += chunk.frames
 
 
 def check_parts(out: Path, parts: int) -> list[Path]:
@@ -221,9 +187,7 @@ def check_parts(out: Path, parts: int) -> list[Path]:
 
 
 def check_settings(logs: Sequence[Path], settings: Mapping[str, object]) -> None:
-    """Raises ValueError where another part was begun otherwise; only the machine may be another."""
-    from flax_vae.io.manifest import as_json, read_settings
-
+    """Raises ValueError where another part was begun with other settings; only the machine may differ."""
     for log in logs:
         before = read_settings(log)
         if before and {**before, "device": None} != as_json({**settings, "device": None}):
@@ -232,9 +196,6 @@ def check_settings(logs: Sequence[Path], settings: Mapping[str, object]) -> None
 
 def finish(source: Path, out: Path, entries: Sequence[Entry], logs: Sequence[Path], folder: Path) -> None:
     """Writes the manifest, the list of failures and the statistics, once every clip is done or has failed."""
-    from flax_vae.io.manifest import read_log, write_lines
-    from flax_vae.models.statistics import LatentStatistics
-
     kinds = {str(entry.path): entry.kind for entry in entries}
     latents: dict[str, str] = {}
     errors: dict[str, str] = {}
@@ -261,10 +222,8 @@ def finish(source: Path, out: Path, entries: Sequence[Entry], logs: Sequence[Pat
     for path in sorted(folder.iterdir()):
         os.replace(path, out / path.name)
     table(f"{source} to {out}", rows)
-    for path in failed[:9]:
-        note(f"left out: {errors[path]}")
-    if len(failed) > 9:
-        note(f"and {len(failed) - 9} more, in {out / FAILED}")
+    for line in first_few([f"left out: {errors[path]}" for path in failed], f", in {out / FAILED}"):
+        note(line)
 
 
 def write_statistics(path: Path, total: LatentStatistics) -> None:

@@ -1,61 +1,53 @@
-"""Where decoded frames go: pieces of a video that are joined at the end, or an image; beside them what was lost.
+"""Decoded frames as files: pieces of a video that are joined at the end, or an image; and the loss beside them.
 
 T frames, H W pixels.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from flax_vae.io.files import replacing
+from flax_vae.io.pixels import to_uint8
+from flax_vae.io.video_join import join
+from flax_vae.io.video_writer import VideoWriter, write_image
+from flax_vae.jobs.job import Job
+from flax_vae.jobs.pieces import Chunk, Pieces
 from flax_vae.jobs.screen import note
+from flax_vae.metrics.psnr import psnr
 
-if TYPE_CHECKING:
-    from flax_vae.jobs.job import Job
-    from flax_vae.jobs.pieces import Chunk
-
-IMAGE, VIDEO, LOSS = ".png", ".mp4", ".npz"  # suffixes: of an image, of a video or a piece of it, of what was lost
-SAMPLES = 64  # frames that are kept for the contact sheet, at most
+IMAGE, VIDEO, LOSS = ".png", ".mp4", ".npz"  # suffixes: of an image, of a video or a piece of it, of the loss
+SAMPLES = 64  # most frames that are kept for the contact sheet
 
 
-class FramePieces:
-    """Writes decoded frames (1, T, H, W, 3), piece by piece, for a `target` that is a video or an image."""
+class FramePieces(Pieces):
+    """Writes decoded frames (1, T, H, W, 3), piece by piece, for a job whose target is a video or an image."""
 
-    def __init__(self, job: Job, target: Path, fps: Fraction, height: int, width: int):
-        self.job, self.is_image = job, target.suffix.lower() == IMAGE
-        self.fps, self.height, self.width = fps, height, width
-        self._stack, self._writer, self._loss = contextlib.ExitStack(), None, Loss(job.progress.frames)
-
-    def __enter__(self) -> FramePieces:
-        return self
-
-    def __exit__(self, *exception) -> bool | None:
-        return self._stack.__exit__(*exception)
+    def __init__(self, job: Job, fps: Fraction, height: int, width: int):
+        super().__init__()
+        self.job, self.format = job, (fps, height, width)
+        self._writer, self._loss = None, Loss(job.progress.frames)
 
     def add(self, result: Any, chunk: Chunk) -> None:
-        """Writes the frames of a chunk that are no filling."""
-        from flax_vae.io.pixels import to_uint8
-        from flax_vae.io.video_writer import VideoWriter, write_image
-
+        """Writes the frames of a chunk that are not padding."""
         pixels = to_uint8(np.asarray(result[0], np.float32))[: chunk.frames]
-        if self.is_image:
+        if is_image(self.job):
             write_image(self.job.piece(IMAGE), pixels[0])
         else:
             if self._writer is None:
-                piece = VideoWriter(self.job.piece(VIDEO), self.fps, self.height, self.width)
-                self._writer = self._stack.enter_context(piece)
+                self._writer = self.enter_context(VideoWriter(self.job.piece(VIDEO), *self.format))
             self._writer.write(pixels)
         if chunk.pixels is not None:
             self._loss.add(chunk.pixels, pixels)
 
     def finish(self, is_last: bool) -> None:
-        """Makes the piece whole."""
-        self._stack.close()
+        """Closes the piece."""
+        self.close()
         self._writer = None
         self._loss.save(self.job.piece(LOSS))
 
@@ -70,8 +62,6 @@ class Loss:
 
     def add(self, before: np.ndarray, after: np.ndarray) -> None:
         """Compares uint8 frames (T, H, W, 3)."""
-        from flax_vae.metrics.psnr import psnr
-
         for pair in zip(before, after, strict=True):
             number = self._start + len(self._quality)
             self._quality.append(psnr(*pair))
@@ -79,9 +69,7 @@ class Loss:
                 self._samples.append((number, *pair))
 
     def save(self, path: Path) -> None:
-        """Writes what has been added since the last piece, if anything."""
-        from flax_vae.io.files import replacing
-
+        """Writes what was added since the last piece, if anything."""
         if not self._quality:
             return
         numbers, before, after = zip(*self._samples, strict=True) if self._samples else ((), (), ())
@@ -92,12 +80,12 @@ class Loss:
 
 
 def spacing(frames: int) -> int:
-    """Gives the power of two at which no more than `SAMPLES` of so many frames are kept."""
+    """Returns the power of two by which at most `SAMPLES` of the frames are multiples."""
     return 1 << max((frames - 1) // SAMPLES, 0).bit_length()
 
 
 def losses(job: Job) -> tuple[list[float], list[int], np.ndarray, np.ndarray]:
-    """Gives, of all pieces, the PSNR of each frame, and numbers of evenly spaced frames, these before and after."""
+    """Returns the PSNR of every frame in dB, the numbers of evenly spaced frames, and these before and after."""
     quality: list[float] = []
     kept: list[tuple[int, np.ndarray, np.ndarray]] = []
     step = spacing(job.progress.frames)
@@ -110,15 +98,18 @@ def losses(job: Job) -> tuple[list[float], list[int], np.ndarray, np.ndarray]:
     return quality, list(numbers), np.stack(before), np.stack(after)
 
 
-def assemble(job: Job, target: Path, fps: Fraction, sound: Path | None = None) -> None:
-    """Makes the video or image of its pieces, with the sound of a file; says so where that cannot be had."""
-    from flax_vae.io.video_join import join
+def is_image(job: Job) -> bool:
+    """Whether the target is an image."""
+    return job.target.suffix.lower() == IMAGE
 
-    if target.suffix.lower() == IMAGE:
-        if job.piece(IMAGE, 0).exists():  # or it has its name already, and was stopped after that
-            os.replace(job.piece(IMAGE, 0), target)
+
+def assemble(job: Job, fps: Fraction, sound: Path | None = None) -> None:
+    """Makes the target of its pieces, with the sound of a file; notes why where that cannot be read."""
+    if is_image(job):
+        if job.piece(IMAGE, 0).exists():  # otherwise it was stopped after the rename
+            os.replace(job.piece(IMAGE, 0), job.target)
         return
-    whole = job.folder / f"whole{target.suffix}"  # not beside the target, where kill -9 would leave it for ever
+    whole = job.folder / f"whole{job.target.suffix}"  # not beside the target, where kill -9 would leave it for ever
     try:
         join(whole, job.pieces(VIDEO), fps, sound)
     except ValueError as error:
@@ -126,4 +117,4 @@ def assemble(job: Job, target: Path, fps: Fraction, sound: Path | None = None) -
             raise
         note(f"the clip gets no sound: {error}")
         join(whole, job.pieces(VIDEO), fps)
-    os.replace(whole, target)
+    os.replace(whole, job.target)

@@ -1,4 +1,4 @@
-"""Long work that can be stopped at any moment, kill -9 included, and gone on with to the same result."""
+"""Long work that can be stopped at any moment, kill -9 included, and resumed to the same result."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from flax_vae.io import files
 from flax_vae.io.trees import load_tree, save_tree
 
 PROGRESS, LOCK, PIECES = "progress.safetensors", "lock", "pieces"
-SHARE = 20  # a save of what has been done may take one part in so many of the time
+MIN_WORK_PER_SAVE = 20  # times what the last save took: saves take at most a twentieth of the time
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the work has come: whole pieces that are written, frames and latents in them, whether that is all."""
+    """How far the work has come: pieces that are whole, frames and latents in them, and whether that is all."""
 
     pieces: int = 0
     frames: int = 0
@@ -31,14 +31,18 @@ class Progress:
 
 
 class Job:
-    """A folder `.NAME.part` beside the `target`, with the pieces of it that are done and the state to go on from.
+    """A folder `.NAME.part` beside the target, with the pieces that are done and the carry to go on from.
 
-    `with Job(target, settings, resume) as job:` write piece `job.progress.pieces` into `job.folder`, then `commit` it,
-    and so on; after the last one make the target of them. The folder goes when that is done, and stays when anything
-    fails after the first commit. `settings` are all that the result depends on.
+    `with Job(target, settings, resume) as job:` write `job.piece(suffix)`, then `commit` it, and so on; after the last
+    one make the target of them. The folder is removed at the end, and kept when anything fails after the first commit.
 
-    Raises ValueError when there is work to go on with but not `resume`, when it was begun with other settings, or when
-    another process is at it.
+    Args:
+      target: file or folder to write.
+      settings: all that the result depends on.
+      resume: whether to go on with what was begun.
+
+    Raises:
+      ValueError: work was begun, but not `resume`; with other settings; or another process is at it.
     """
 
     def __init__(self, target: Path, settings: Mapping[str, object], resume: bool):
@@ -50,7 +54,7 @@ class Job:
 
     def __enter__(self) -> Job:
         check_begun(self.target, self._resume)
-        self.folder.mkdir(exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)  # a folder of targets is made with the first
         self._lock = locked(self.target)
         try:
             if (self.folder / PROGRESS).exists():
@@ -73,28 +77,28 @@ class Job:
             self._lock.release()
 
     def decision(self, name: str, decide: Callable[[], int]) -> int:
-        """Gives what `decide` says, or what it said when the work was begun."""
+        """Returns what `decide` returns, or what it returned when the work was begun."""
         if name not in self._decisions:
             self._decisions[name] = decide()
         return self._decisions[name]
 
     def piece(self, suffix: str, number: int | None = None) -> Path:
-        """Gives the path of a piece, by default of the next one."""
+        """Returns the path of a piece, by default of the next one."""
         return self.folder / PIECES / f"{self.progress.pieces if number is None else number:05d}{suffix}"
 
     def pieces(self, suffix: str) -> list[Path]:
-        """Gives the paths of all pieces that are done."""
+        """Returns the paths of all pieces that are done."""
         return [self.piece(suffix, number) for number in range(self.progress.pieces)]
 
     def commit(self, carry: Any, frames: int, latents: int, is_complete: bool) -> None:
-        """Notes that one more piece is whole, of so many frames and latents, and how to go on after it.
+        """Counts one more piece, of N frames and latents, and saves the carry after it.
 
-        Where saving takes long, it is not done for every piece: what comes after the last save is then done again.
+        Where saving takes long, pieces go by without it: what comes after the last save is then computed twice.
         """
         done = self.progress
         self.progress = Progress(done.pieces + 1, done.frames + frames, done.latents + latents, is_complete)
         began = time.monotonic()
-        if is_complete or began - self._saved >= SHARE * self._cost:
+        if is_complete or began - self._saved >= MIN_WORK_PER_SAVE * self._cost:
             texts = {"settings": self.settings, "decisions": self._decisions, "progress": asdict(self.progress)}
             about = {key: json.dumps(value) for key, value in texts.items()}
             save_tree(self.folder / PROGRESS, None if is_complete else carry, about)
@@ -102,10 +106,10 @@ class Job:
             self._cost = self._saved - began
 
     def become(self) -> None:
-        """Makes the folder of the pieces the target, in the place of what was there."""
+        """Renames the folder of the pieces to the target, and replaces what was there."""
         pieces = self.folder / PIECES
         if not any(pieces.iterdir()):
-            return  # stopped when it was done already
+            return  # stopped after the rename
         if self.target.exists():
             os.replace(self.target, self.folder / "old")
         os.replace(pieces, self.target)
@@ -125,7 +129,7 @@ class Job:
         self.carry, self.progress, self._decisions, self._kept = carry, progress, decisions, progress.frames
 
     def _clean(self) -> None:
-        """Removes what is half-written, or of a piece that is to be done again."""
+        """Removes what is half-written, or belongs to a piece that is not committed."""
         (self.folder / PIECES).mkdir(exist_ok=True)
         for path in self.folder.iterdir():
             if path.name not in (PROGRESS, LOCK, PIECES):
@@ -136,17 +140,17 @@ class Job:
 
 
 def folder_of(target: Path) -> Path:
-    """Gives the folder in which a target is made."""
+    """Returns the folder in which a target is made."""
     return target.absolute().with_name(f".{target.name}.part")
 
 
 def locked(target: Path) -> filelock.BaseFileLock:
-    """Gives the lock of the folder in which a target is made, taken; ValueError where another process has it."""
+    """Locks the folder in which a target is made; ValueError where another process has it."""
     return files.locked(folder_of(target) / LOCK, f"{target}: another process is writing it")
 
 
 def check_begun(target: Path, resume: bool) -> None:
-    """Raises ValueError when another process writes the target, or work on it could be gone on with but no `resume`."""
+    """Raises ValueError where another process writes the target, or work on it was begun, but not `resume`."""
     folder = folder_of(target)
     if folder.is_dir():
         locked(target).release()

@@ -1,4 +1,4 @@
-"""How a job gets its model: its config at once, its weights when everything else has been checked."""
+"""How a job gets its model: the config at once, the weights when everything else has been checked."""
 
 from __future__ import annotations
 
@@ -9,37 +9,35 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import jax
 import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
 
+from flax_vae.families import registry
+from flax_vae.io.checkpoint import Checkpoint
 from flax_vae.jobs.options import Options
+from flax_vae.jobs.pieces import PIECE_LATENTS
 from flax_vae.jobs.screen import note
+from flax_vae.layers.sequence import Execution
+from flax_vae.models.config import VAEConfig
+from flax_vae.models.vae import VideoVAE
+from flax_vae.runtime.mesh import check_sizes, make_mesh, mesh_name, parse_mesh
+from flax_vae.runtime.tile import LossyTiles, LossyTiling
 
-if TYPE_CHECKING:
-    from jax.sharding import Mesh
-
-    from flax_vae.io.checkpoint import Checkpoint
-    from flax_vae.models.config import VAEConfig
-    from flax_vae.models.vae import VideoVAE
-    from flax_vae.runtime.tile import LossyTiles
+DEFAULTS = Options()
 
 
-def read_config(checkpoint: str, config: Path | None = None) -> VAEConfig:
-    """Reads a checkpoint's config and its headers, but no weights; `config` stands in for its config.json."""
-    from flax_vae.families.registry import open_source
-
-    return config_of(open_source(checkpoint), config)
+def read_config(checkpoint: str) -> VAEConfig:
+    """Reads a checkpoint's config, but no weights."""
+    return registry.read_config(registry.open_source(checkpoint))
 
 
 def config_of(source: Checkpoint, config: Path | None) -> VAEConfig:
-    """Returns an open checkpoint's config, or the one in the file that stands in for it."""
-    from flax_vae.families import registry
-
+    """Returns an open checkpoint's config, or the one in a file that stands in for it."""
     return registry.read_config(source) if config is None else registry.config_from_json(config)
-
-
-DEFAULTS = Options()
 
 
 @dataclass(frozen=True)
@@ -54,54 +52,36 @@ class Model:
     @property
     def identity(self) -> dict[str, object]:
         """All of the model and the machine that the bits of a result depend on."""
-        import jax
-
-        from flax_vae.runtime.mesh import mesh_name
-
-        tiles = getattr(self.vae, "tiling", None)
         device = f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
         if self.checkpoint.execution.frame_by_frame:
             device += ", frame by frame"
         if self.mesh is not None:
             device += f", mesh {mesh_name(self.mesh.shape)}"
-        return {"config": self.config_hash, "weights": self.weights, "tiles": tiles, "device": device}
-
-    @property
-    def config_hash(self) -> str:
-        """The hash of the model's config."""
-        return config_hash(self.vae.config)
+        tiles = getattr(self.vae, "tiling", None)
+        return {"config": config_hash(self.vae.config), "weights": self.weights, "tiles": tiles, "device": device}
 
 
 def load(checkpoint: str, options: Options = DEFAULTS) -> Model:
-    """Loads a checkpoint to compute with, and keeps what will be compiled for it on disk, for the next run.
+    """Loads a checkpoint to compute with, and caches on disk what will be compiled for it.
 
-    The devices of a mesh, all of this process, share each chunk. Raises ValueError where there are not as many.
+    Raises ValueError where the mesh has another number of devices than this process.
     """
-    import jax
-
-    from flax_vae.families import registry
-    from flax_vae.layers.sequence import Execution
-    from flax_vae.runtime.tile import LossyTiles, LossyTiling
-
     keep_compiled()
-    devices = open_mesh(options.mesh, jax.local_devices)
-    if options.lossy_tiles and devices is not None:
+    mesh = open_mesh(options.mesh, jax.local_devices)
+    if options.lossy_tiles and mesh is not None:
         raise ValueError("--lossy-tiles are computed one after the other, on one device: leave it or --mesh out")
-    if options.frame_by_frame and devices is not None and devices.shape["time"] > 1:
+    if options.frame_by_frame and mesh is not None and mesh.shape["time"] > 1:
         raise ValueError(
             f"--frame-by-frame computes one after the other what --mesh {options.mesh} divides: take time=1"
         )
     note(f"loading {checkpoint}")
     vae = registry.from_pretrained(checkpoint, dtype=options.precision)
     vae.execution = Execution(frame_by_frame=options.frame_by_frame)
-    return Model(vae, LossyTiles(vae, LossyTiling()) if options.lossy_tiles else vae, weights_hash(vae), devices)
+    return Model(vae, LossyTiles(vae, LossyTiling()) if options.lossy_tiles else vae, weights_hash(vae), mesh)
 
 
 def check_stream(mesh: str | None, config: VAEConfig, sizes: Iterable[tuple[int, int]]) -> None:
-    """Raises ValueError where a mesh does not divide the chunks of clips of these heights and widths, one at a time."""
-    from flax_vae.jobs.pieces import PIECE_LATENTS
-    from flax_vae.runtime.mesh import check_sizes, parse_mesh
-
+    """Raises ValueError unless the mesh divides the chunks of clips of each (height, width), one clip at a time."""
     if mesh is None:
         return
     devices = parse_mesh(mesh)
@@ -119,25 +99,18 @@ def check_stream(mesh: str | None, config: VAEConfig, sizes: Iterable[tuple[int,
 
 
 def open_mesh(text: str | None, devices: Callable[[], list[Any]]) -> Mesh | None:
-    """Gives the mesh that --mesh asks for, over all these devices; ValueError where there are not as many."""
-    from flax_vae.runtime.mesh import make_mesh, parse_mesh
-
+    """Returns the mesh that --mesh asks for, over all these devices; ValueError for another number of them."""
     return None if text is None else make_mesh(parse_mesh(text), devices())
 
 
 def keep_compiled() -> None:
-    """Keeps what will be compiled on disk, for the next run: where JAX_COMPILATION_CACHE_DIR says, else in a cache."""
-    import jax
-
+    """Caches compiled programs on disk: where JAX_COMPILATION_CACHE_DIR says, otherwise in the user's caches."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
 
 
 def weights_hash(vae: VideoVAE) -> str:
-    """Gives 16 hexadecimal digits that differ where weights do, or the precision they are loaded in."""
-    import jax
-    from flax import nnx
-
+    """Returns 16 hexadecimal digits that differ where weights do, or their dtype."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(vae, nnx.Param)):
         digest.update(jax.tree_util.keystr(path).encode())
@@ -146,19 +119,14 @@ def weights_hash(vae: VideoVAE) -> str:
 
 
 def cache_folder() -> Path:
-    """Gives the folder where this platform keeps a user's caches; XDG_CACHE_HOME wins on all of them."""
-    if given := os.environ.get("XDG_CACHE_HOME"):
-        base = Path(given)
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    elif sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    else:
-        base = Path.home() / ".cache"
-    return base / "flax_vae" / "xla"
+    """Returns the folder where this platform keeps a user's caches; XDG_CACHE_HOME wins on all of them."""
+    home, local = Path.home(), os.environ.get("LOCALAPPDATA")
+    caches = {"darwin": home / "Library" / "Caches", "win32": Path(local or home / "AppData" / "Local")}
+    base = os.environ.get("XDG_CACHE_HOME") or caches.get(sys.platform, home / ".cache")
+    return Path(base) / "flax_vae" / "xla"
 
 
 def config_hash(config: VAEConfig) -> str:
-    """Gives 16 hexadecimal digits that differ where configs do."""
+    """Returns 16 hexadecimal digits that differ where configs do."""
     text = json.dumps(config.to_dict(), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""What several jobs can be told, in the words of the command line."""
+"""Options that several jobs share, in the words of the command line."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ class Options:
     """How a job reads its clips and computes.
 
     Attributes:
-      size: pixels, the short side as "256" or height x width as "288x512"; None is the clip's own, at most 256.
-      frames: at most so many are read.
-      memory: what to stay within, as "4GiB"; None is a share of the device's.
+      size: pixels: the short side as "256", or height x width as "288x512"; None is the clip's own, at most 256.
+      frames: reads at most N frames.
+      memory: stays within it, as "4GiB"; None is a share of the device's.
       mesh: devices that share the work, as "height=2,width=2"; None is one device.
-      precision: what weights and frames are computed in, "float32" or "bfloat16".
-      frame_by_frame: compute each block one frame after the other, in less memory.
-      lossy_tiles: compute frames in blended tiles, which changes what comes out.
-      resume: go on with what was done before the job was stopped.
+      precision: dtype of weights and activations, "float32" or "bfloat16".
+      frame_by_frame: computes each block one frame after the other, in less memory.
+      lossy_tiles: computes frames in blended tiles, which changes the results.
+      resume: goes on with a job that was stopped.
 
     Raises:
       ValueError: `memory` is no amount of memory.
@@ -33,11 +33,12 @@ class Options:
     resume: bool = False
 
     def __post_init__(self):
-        _ = self.budget
+        if self.memory is not None:
+            _ = self.budget
 
     @property
-    def budget(self) -> int | None:
-        """The memory to stay within, in bytes; None for the device's own."""
-        from flax_vae.runtime.memory import parse_bytes
+    def budget(self) -> int:
+        """The memory to stay within, in bytes."""
+        from flax_vae.runtime.memory import available_bytes, parse_bytes  # loads jax, which --help does not wait for
 
-        return None if self.memory is None else parse_bytes(self.memory)
+        return available_bytes() if self.memory is None else parse_bytes(self.memory)

@@ -1,25 +1,27 @@
-"""Runs a stream from chunks to pieces: files that are whole, after each of which work can be gone on with."""
+"""Runs a stream chunk by chunk, and writes piece by piece: whole files, after each of which a job can be resumed."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-if TYPE_CHECKING:
-    from flax_vae.jobs.job import Job
-    from flax_vae.jobs.screen import Meter
+from flax_vae.jobs.job import Job
+from flax_vae.jobs.screen import Meter
+from flax_vae.runtime.stream import Stream, cut
 
-PIECE_LATENTS = 16  # of a piece, but for one more in the first; chunks are a power of two up to this
+PIECE_LATENTS = 16  # of a piece, and one more in the first; chunks are a power of two up to this
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """What a step is given: the batch, the frames and latents in it that are no filling, and the pixels it is from."""
+    """The batch that a step takes, how many of its frames and latents are not padding, and the pixels it is from."""
 
     data: np.ndarray
     frames: int
@@ -28,23 +30,25 @@ class Chunk:
     pixels: np.ndarray | None = None
 
 
-class Pieces(Protocol):
-    """Where results go; `finish` makes a whole file of those since the last one."""
+class Pieces(ExitStack):
+    """Where results go; a file that is entered in the stack is removed after an error."""
 
-    def add(self, result: Any, chunk: Chunk) -> None: ...
+    def add(self, result: Any, chunk: Chunk) -> None:
+        """Takes the result of a chunk."""
+        raise NotImplementedError
 
-    def finish(self, is_last: bool) -> None: ...
-
-    def __enter__(self) -> Any: ...
-
-    def __exit__(self, *exception) -> bool | None: ...
+    def finish(self, is_last: bool) -> None:
+        """Makes a whole file of the results since the last one."""
+        raise NotImplementedError
 
 
 def run(job: Job, step: Callable, chunks: Iterable[Chunk], pieces: Pieces, meter: Meter) -> None:
-    """Puts chunks, those after what the job has done, through a step and commits every piece."""
+    """Runs a step over the chunks that are left of a job, none if it is complete, and commits every piece."""
+    if job.progress.is_complete:
+        return
     frames = latents = 0
     with pieces:
-        for chunk, result, carry in streamed(step, chunks, job.carry):
+        for chunk, result, carry in streamed(step, ((chunk.data, chunk) for chunk in chunks), job.carry):
             pieces.add(result, chunk)
             meter.done(chunk.frames)
             frames, latents = frames + chunk.frames, latents + chunk.latents
@@ -54,26 +58,28 @@ def run(job: Job, step: Callable, chunks: Iterable[Chunk], pieces: Pieces, meter
                 frames = latents = 0
 
 
-def streamed(step: Callable, chunks: Iterable[Chunk], carry: Any = None) -> Iterator[tuple[Chunk, Any, Any]]:
-    """Puts chunks through a step, and yields each with its result and the carry after it."""
-    from flax_vae.runtime.stream import Stream
+def streamed(step: Callable, chunks: Iterable[tuple[np.ndarray, T]], carry: Any = None) -> Iterator[tuple[T, Any, Any]]:
+    """Runs a step over arrays, each with something that stays with it: yields that, the result, and the carry."""
+    waiting: deque[T] = deque()  # the stream reads one chunk ahead of its results
 
-    waiting: deque[Chunk] = deque()  # the stream reads ahead of the results that it gives
+    def arrays() -> Iterator[np.ndarray]:
+        for array, companion in chunks:
+            waiting.append(companion)
+            yield array
 
-    def data() -> Iterator[np.ndarray]:
-        for chunk in chunks:
-            waiting.append(chunk)
-            yield chunk.data
-
-    results = Stream(step, data(), carry)
+    results = Stream(step, arrays(), carry)
     for result in results:
         yield waiting.popleft(), result, results.carry
 
 
-def marked(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
-    """Yields every item with whether it is the last one."""
-    before: list[T] = []
-    for item in items:
-        yield from ((ready, False) for ready in before)
-        before = [item]
-    yield from ((ready, True) for ready in before)
+def cut_padded(items: Iterable[ArrayLike], size: int, is_start: bool) -> Iterator[tuple[np.ndarray, int, bool]]:
+    """Yields `size` stacked items at a time, the first of a stream alone; how many they are; whether they are the last.
+
+    The last item is repeated to fill the last chunk: a shape of its own would be compiled for it alone.
+    """
+    chunks = cut(items, size, first=1 if is_start else size)
+    chunk = next(chunks, None)
+    while chunk is not None:
+        after, padding = next(chunks, None), 0 if is_start else size - len(chunk)
+        yield np.concatenate([chunk, np.repeat(chunk[-1:], padding, axis=0)]), len(chunk), after is None
+        chunk, is_start = after, False

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import os
-import shutil
 import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from flax_vae.families import registry
+from flax_vae.io.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Checkpoint, open_checkpoint
+from flax_vae.io.files import scratch
+from flax_vae.io.port import match
+from flax_vae.io.weights import Tensors
 from flax_vae.jobs import CheckFailed
 from flax_vae.jobs.model import config_of
 from flax_vae.jobs.screen import note
-
-if TYPE_CHECKING:
-    from flax_vae.io.checkpoint import Checkpoint
-    from flax_vae.io.weights import Tensors
-    from flax_vae.models.config import VAEConfig
+from flax_vae.jobs.sources import check_apart, check_folder
+from flax_vae.models.config import VAEConfig
 
 Row = tuple[str, int, int, int]  # part of the model, tensors, parameters, tensors that are equal
 
@@ -28,13 +28,21 @@ Row = tuple[str, int, int, int]  # part of the model, tensors, parameters, tenso
 def port(
     src: str, dst: Path, dtype: str = "keep", config: Path | None = None, overwrite: bool = False
 ) -> tuple[str, list[Row]]:
-    """Ports a checkpoint, reads it again and compares it; returns the dtype of the weights and a row for each part.
+    """Ports a checkpoint, reads it again and compares it with its source.
 
-    CheckFailed, with nothing written, where a tensor differs from its source.
+    Args:
+      src: a checkpoint.
+      dst: the folder to write.
+      dtype: of the weights; "keep" is that of the source.
+      config: stands in for the source's config.json.
+      overwrite: whether to replace a checkpoint in `dst`.
+
+    Returns:
+      The dtype of the weights, and a row for each part of the model.
+
+    Raises:
+      CheckFailed: a tensor differs from its source; nothing is written.
     """
-    from flax_vae.families import registry
-    from flax_vae.io.checkpoint import open_checkpoint
-
     check_target(dst, src, overwrite)
     source = registry.open_source(src)
     settings = config_of(source, config)
@@ -57,40 +65,25 @@ def stored_dtype(source: Checkpoint, name: str) -> str:
 
 def compare(config: VAEConfig, source: Tensors, written: Tensors) -> list[Row]:
     """Counts, for each part of the model, the tensors that equal their source; CheckFailed where one does not."""
-    from flax_vae.families.registry import abstract
-    from flax_vae.io.port import match
-
-    model = abstract(config)
+    model = registry.abstract(config)
     names, targets = match(model, source.shapes()), match(model, written.shapes())
-    tensors, sizes, equal, different = Counter(), Counter(), Counter(), []
+    tensors, sizes, different = Counter(), Counter(), []
     for key, name in names.items():
         part, after = key.split(".")[0], written.read(targets[key])
         before = source.read(name).astype(after.dtype, copy=False).reshape(after.shape)
-        same = np.array_equal(bits(before), bits(after))
         tensors[part] += 1
         sizes[part] += after.size
-        equal[part] += same
-        different += [] if same else [key]
+        different += [key] if before.tobytes() != after.tobytes() else []
     if different or len(written.shapes()) != len(names):
         raise CheckFailed(f"nothing is written, as these tensors differ from their source: {', '.join(different)}")
-    rows = [(part, tensors[part], sizes[part], equal[part]) for part in tensors]
-    return [*rows, ("all", tensors.total(), sizes.total(), equal.total())]
-
-
-def bits(values: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+    rows = [(part, tensors[part], sizes[part], tensors[part]) for part in tensors]
+    return [*rows, ("all", tensors.total(), sizes.total(), tensors.total())]
 
 
 def check_target(dst: Path, src: str, overwrite: bool) -> None:
     """Raises unless `dst` can become the new checkpoint's folder without harm to anything else."""
-    from flax_vae.io.checkpoint import CONFIG_FILE, WEIGHTS_FILE
-
-    if dst.exists() and not dst.is_dir():
-        raise ValueError(f"{dst}: is a file; give a folder to write")
-    if not dst.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{dst}: there is no folder {dst.parent}; create it first")
-    if dst.exists() and os.path.exists(src) and os.path.samefile(dst, src):
-        raise ValueError(f"{dst}: is the checkpoint that is read; write to another folder")
+    check_folder(dst)
+    check_apart(dst, Path(src))
     held = sorted(path.name for path in dst.iterdir()) if dst.exists() else []
     if others := set(held) - {CONFIG_FILE, WEIGHTS_FILE}:
         raise ValueError(f"{dst}: holds other files, {', '.join(sorted(others))}; write to another folder")
@@ -101,14 +94,10 @@ def check_target(dst: Path, src: str, overwrite: bool) -> None:
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
     """Yields a temporary folder beside `path` that takes its place at a clean exit and is removed at any other."""
-    part = path.absolute().with_name(f".{uuid.uuid4().hex}")
-    old = part.with_name(f"{part.name}.old")
-    part.mkdir()
-    try:
+    with scratch(path.absolute().with_name(f".{uuid.uuid4().hex}")) as folder:
+        part = folder / path.name
+        part.mkdir()
         yield part
         if path.exists():
-            os.replace(path, old)
+            os.replace(path, folder / "old")
         os.replace(part, path)
-    finally:
-        for folder in (part, old):
-            shutil.rmtree(folder, ignore_errors=True)

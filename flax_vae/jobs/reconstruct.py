@@ -7,23 +7,27 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import jax.numpy as jnp
+import matplotlib  # noqa: F401  # needed by the contact sheet, at the end, where a missing one would be noticed too late
 import numpy as np
 
 from flax_vae.io.files import IMAGES
 from flax_vae.jobs.budget import chunk_latents
-from flax_vae.jobs.clip import Clip, expected, open_clip
+from flax_vae.jobs.clip import Clip, expected_frames
 from flax_vae.jobs.frames import IMAGE, FramePieces, assemble, losses
-from flax_vae.jobs.model import Model, check_stream, load, read_config
+from flax_vae.jobs.job import Job
+from flax_vae.jobs.model import Model, load, read_config
 from flax_vae.jobs.options import Options
 from flax_vae.jobs.pieces import run
-from flax_vae.jobs.screen import Meter, counted, note, progress
-from flax_vae.jobs.sources import check_frames_target, check_target, pairs
-
-if TYPE_CHECKING:
-    from flax_vae.models.vae import VideoVAE
-    from flax_vae.runtime.tile import LossyTiles
+from flax_vae.jobs.screen import Meter, counted, progress
+from flax_vae.jobs.sources import check_frames_target, check_target, open_clips
+from flax_vae.metrics.contact_sheet import contact_sheet
+from flax_vae.metrics.psnr import pooled_psnr, psnr
+from flax_vae.models.vae import VideoVAE
+from flax_vae.runtime.stream import compiled
+from flax_vae.runtime.tile import LossyTiles
 
 
 @dataclass(frozen=True)
@@ -36,31 +40,25 @@ class Reconstruction:
 
 
 def reconstruct(video: Path, out: Path, weights: str, options: Options, measure_tiles: bool = False) -> Reconstruction:
-    """Reconstructs a clip, with its sound and a contact sheet beside it, or every image of a folder."""
-    import matplotlib  # noqa: F401  # needed last of all, so a missing one would be noticed too late
+    """Reconstructs a clip, with its sound and a contact sheet beside it, or every image of a folder.
 
-    from flax_vae.jobs.job import check_begun
-
+    Args:
+      video: a clip, or a folder of images.
+      out: the video or image to write, or the folder of images.
+      weights: a checkpoint.
+      options: how to read and compute.
+      measure_tiles: whether to compute the first frames without tiles too, in the memory that tiles save.
+    """
     if measure_tiles and not options.lossy_tiles:
         raise ValueError("--measure-tiles measures --lossy-tiles: give both")
     check_sheets(video)
-    config = read_config(weights)
-    work = [
-        (open_clip(path, config, options.size, options.frames), target)
-        for path, target in pairs(video, out, IMAGE, options.resume)
-    ]
-    check_stream(options.mesh, config, ((clip.height, clip.width) for clip, _ in work))
-    for clip, target in work:
-        note(clip.about)
-        check_begun(target, options.resume)
-        if not video.is_dir():
-            check_frames_target(target, clip.path, 1 if clip.is_image else None)
-            check_target(sheet_of(target), [".png"], clip.path)
+    work = open_clips(video, out, IMAGE, read_config(weights), options)
+    for clip, target in work if not video.is_dir() else ():
+        check_frames_target(target, clip.path, 1 if clip.is_image else None)
+        check_target(sheet_of(target), [".png"], clip.path)
     model = load(weights, options)
-    if video.is_dir():
-        out.mkdir(exist_ok=True)
     quality: list[float] = []
-    with progress("reconstructing", expected(clip for clip, _ in work)) as meter:
+    with progress("reconstructing", expected_frames(clip for clip, _ in work)) as meter:
         for clip, target in work:
             quality += reconstruct_clip(clip, target, model, options, meter)
     return Reconstruction(quality, meter, [tiles_row(clip, model) for clip, _ in work[:1]] if measure_tiles else [])
@@ -68,26 +66,18 @@ def reconstruct(video: Path, out: Path, weights: str, options: Options, measure_
 
 def reconstruct_clip(clip: Clip, target: Path, model: Model, options: Options, meter: Meter) -> list[float]:
     """Reconstructs one clip, or goes on with it; returns the PSNR of its frames in dB."""
-    from flax_vae.jobs.job import Job
-    from flax_vae.metrics.contact_sheet import contact_sheet
-    from flax_vae.metrics.psnr import pooled_psnr
-    from flax_vae.runtime.stream import compiled
-
     step = compiled(MethodType(reconstruct_chunk, model.vae), model.mesh)
     settings = {"command": "reconstruct", **clip.source, "size": (clip.height, clip.width), **model.identity}
     with Job(target, settings, options.resume) as job:
         meter.already(job.progress.frames)
-        if not job.progress.is_complete:
-            latents = job.decision(
-                "chunk", lambda: chunk_latents(step, clip.shape, clip.expected_latents, options.budget)
-            )
-            pieces = FramePieces(job, target, clip.fps, clip.height, clip.width)
-            run(job, step, clip.chunks(latents, job.progress.frames), pieces, meter)
+        size = job.decision("chunk", lambda: chunk_latents(step, clip.shape, clip.expected_latents, options.budget))
+        pieces = FramePieces(job, clip.fps, clip.height, clip.width)
+        run(job, step, clip.chunks(size, job.progress.frames), pieces, meter)
         quality, numbers, before, after = losses(job)
         sheet = job.folder / "sheet.png"
         contact_sheet(sheet, before, after, clip.path.name, numbers, pooled_psnr(quality))
         os.replace(sheet, sheet_of(target))
-        assemble(job, target, clip.fps, clip.path if clip.has_sound else None)
+        assemble(job, clip.fps, clip.path if clip.has_sound else None)
     clip.report(job.progress.frames)
     return quality
 
@@ -108,26 +98,26 @@ def check_sheets(video: Path) -> None:
 
 
 def sheet_of(target: Path) -> Path:
-    """Gives the path of the contact sheet beside a clip."""
+    """Returns the path of the contact sheet beside a clip."""
     return target.with_name(f"{target.stem}_sheet.png")
 
 
 def tiles_row(clip: Clip, model: Model) -> tuple[str, str]:
-    """Says how far the first frames in tiles are from those without, which takes the memory that tiles save."""
-    import jax.numpy as jnp
-
+    """Returns a row that says how close the first frames in tiles are to those without."""
     chunks = itertools.islice(clip.chunks(1), 3)
     frames = jnp.asarray(np.concatenate([chunk.data for chunk in chunks], axis=1))
-    psnr = lossy_psnr(model.checkpoint, model.vae, frames, clip.config.temporal_factor)
-    return f"PSNR of lossy tiles against none, first {counted(frames.shape[1])}", f"{psnr:.2f} dB"
+    quality = lossy_psnr(model.checkpoint, model.vae, frames, clip.config.temporal_factor)
+    return f"PSNR of lossy tiles against none, first {counted(frames.shape[1])}", f"{quality:.2f} dB"
 
 
 def lossy_psnr(vae: VideoVAE, tiles: VideoVAE | LossyTiles, video: Any, chunk: int | None = None) -> float:
-    """Returns in dB how close a video encoded and decoded in lossy tiles is to that without tiles; inf where equal.
+    """Returns the PSNR in dB of a reconstruction in lossy tiles against one without; inf where equal.
 
-    Both are computed, `chunk` frames at a time; without tiles, that takes the memory that tiles save.
+    Args:
+      vae: the model.
+      tiles: the same model, in tiles.
+      video: (B, T, H, W, C) in [-1, 1].
+      chunk: frames at a time; without tiles, these take the memory that tiles save.
     """
-    from flax_vae.metrics.psnr import psnr
-
     latents = chunk and chunk // vae.config.temporal_factor
     return psnr(*(m.decode(m.encode(video, chunk).mode(), latents) for m in (tiles, vae)))

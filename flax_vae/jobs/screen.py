@@ -9,12 +9,12 @@ from contextlib import contextmanager
 
 
 def note(message: str) -> None:
-    """Says what the command has decided or noticed."""
+    """Prints what the command has decided or noticed."""
     print(message, file=sys.stderr, flush=True)
 
 
 def table(title: str, rows: Iterable[Sequence[object]], columns: Sequence[str] = ("", "")) -> None:
-    """Prints a table; numbers stand to the right."""
+    """Prints a table with a title; columns of numbers are aligned to the right."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -31,16 +31,21 @@ def table(title: str, rows: Iterable[Sequence[object]], columns: Sequence[str] =
     sys.stdout.flush()  # so that results and notes keep their order in a log
 
 
-def counted(frames: int) -> str:
-    """Gives "1 frame", "2 frames"."""
-    return f"{frames} frame" + "s" * (frames != 1)
+def counted(number: int, unit: str = "frame") -> str:
+    """Returns "1 frame", "2 frames"."""
+    return f"{number:,} {unit}" + "s" * (number != 1)
 
 
-COMPILED = 3  # chunks of a stream that wait for compilation, one of them because results come one behind
+def first_few(lines: Sequence[str], where: str = "") -> list[str]:
+    """Returns the first nine lines, and how many there are more."""
+    return [*lines[:9], *([f"and {len(lines) - 9} more{where}"] if len(lines) > 9 else [])]
+
+
+COMPILED_CHUNKS = 3  # of a stream that wait for compilation, one of them because results come one chunk late
 
 
 class Meter:
-    """Counts frames as they are done, chunk by chunk, and moves a bar where there is one."""
+    """Counts frames as they are done, chunk by chunk, and advances a progress bar where there is one."""
 
     def __init__(self, bar=None, task=None):
         self._bar, self._task, self.frames, self._chunks = bar, task, 0, 0
@@ -50,28 +55,28 @@ class Meter:
         """Counts the frames of one more chunk."""
         self.frames, self._chunks = self.frames + frames, self._chunks + 1
         self._last = time.perf_counter(), self.frames
-        if self._chunks <= COMPILED:
+        if self._chunks <= COMPILED_CHUNKS:
             self._settled = self._last
         if self._bar is not None:
             self._bar.advance(self._task, frames)
 
     def already(self, frames: int) -> None:
-        """Shows frames that another run has done; they count for nothing else."""
+        """Advances the bar by frames that were done before; they do not count for the speed."""
         if self._bar is not None:
             self._bar.tasks[self._task].completed += frames
 
     def pace(self) -> str:
-        """Says how long it took, and for clips of many chunks how fast it went once all was compiled."""
+        """Returns in words how long it took, and for many chunks the frames per second after compilation."""
         start, settled, end = self._start, self._settled, self._last
         total = f"{counted(end[1])} in {end[0] - start[0]:.1f} s, compilation included"
-        if self._chunks < 3 * COMPILED:
+        if self._chunks < 3 * COMPILED_CHUNKS:
             return total
         return f"{(end[1] - settled[1]) / (end[0] - settled[0]):.2f} frames/s ({total})"
 
 
 @contextmanager
 def progress(task: str, total: int | None, unit: str = "frames") -> Iterator[Meter]:
-    """Shows a bar with frames, frames per second and the time left; `total` is the expected number, if known."""
+    """Shows a bar with frames, frames per second and the time left; `total` is the number of frames, where known."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
     from rich.text import Text

@@ -9,14 +9,34 @@ from pathlib import Path
 
 from flax_vae.io import files
 from flax_vae.io.files import IMAGES
+from flax_vae.io.video_writer import SUFFIXES
+from flax_vae.jobs.clip import Clip, open_clip
+from flax_vae.jobs.job import check_begun, folder_of
+from flax_vae.jobs.model import check_stream
+from flax_vae.jobs.options import Options
 from flax_vae.jobs.screen import note
+from flax_vae.models.config import VAEConfig
+
+
+def open_clips(source: Path, out: Path, suffix: str, config: VAEConfig, options: Options) -> list[tuple[Clip, Path]]:
+    """Opens a clip, or the images of a folder, each with its target, and notes what is done to their sizes.
+
+    The images of a folder become OUT/NAME with this suffix. ValueError for a clip that cannot be read, or that the mesh
+    does not divide, for a target that is begun, unless `options` resume it, and for what `pairs` refuses.
+    """
+    found = pairs(source, out, suffix, options.resume)
+    opened = [(open_clip(path, config, options.size, options.frames), target) for path, target in found]
+    check_stream(options.mesh, config, ((clip.height, clip.width) for clip, _ in opened))
+    for clip, target in opened:
+        note(clip.about)
+        check_begun(target, options.resume)
+    return opened
 
 
 def pairs(source: Path, out: Path, suffix: str, resume: bool) -> list[tuple[Path, Path]]:
-    """Gives each file to read with what to write of it: the images of a folder become OUT/NAME with this suffix.
+    """Returns each file to read with its target; notes what is left out of a folder.
 
-    With `resume` those are left out that are there already. Raises ValueError for a folder without images, with
-    several of one name, or that is `out` itself; what is not an image is left out, and named.
+    ValueError for a folder without images, with several of one name, or that is `out` itself.
     """
     if not source.is_dir():
         return [(source, out)]
@@ -31,22 +51,24 @@ def pairs(source: Path, out: Path, suffix: str, resume: bool) -> list[tuple[Path
 
 
 def named(suffixes: Mapping[Path, str], out: Path, resume: bool) -> list[tuple[Path, Path]]:
-    """Gives each source with OUT/NAME and its suffix; ValueError where two have one name."""
-    from flax_vae.jobs.job import folder_of
-
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out}: is a file; for a folder give a folder to write")
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{out}: there is no folder {out.parent}; create it first")
+    """Returns each source with its target OUT/NAME and suffix; ValueError where two have one name."""
+    check_folder(out)
     every = [(path, out / f"{path.name if path.is_dir() else path.stem}{suffix}") for path, suffix in suffixes.items()]
     counts = Counter(target.name for _, target in every)
     if twice := [name for name, count in counts.items() if count > 1]:
         raise ValueError(f"{out}: several files would be named {', '.join(twice)}; give each a name of its own")
-    is_done = [resume and target.exists() and not folder_of(target).exists() for _, target in every]
-    left = [pair for pair, done in zip(every, is_done, strict=True) if not done]
+    left = [(path, to) for path, to in every if not (resume and to.exists() and not folder_of(to).exists())]
     if len(left) < len(every):
         note(f"{out}: {len(every) - len(left)} of {len(every)} are there already")
     return left
+
+
+def check_folder(path: Path) -> None:
+    """Raises ValueError where `path` is a file, FileNotFoundError where the folder for it is missing."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path}: is a file; give a folder to write")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.absolute().parent}; create it first")
 
 
 def check_target(path: Path, suffixes: Sequence[str], source: Path) -> None:
@@ -58,9 +80,7 @@ def check_target(path: Path, suffixes: Sequence[str], source: Path) -> None:
 
 
 def check_frames_target(path: Path, source: Path, frames: int | None) -> None:
-    """Raises unless so many frames, None for not known, can be written to `path`: one also as an image."""
-    from flax_vae.io.video_writer import SUFFIXES
-
+    """Raises unless N frames, None where not known, can be written to `path`; one frame may also be an image."""
     check_target(path, [*SUFFIXES, ".png"] if frames == 1 else SUFFIXES, source)
 
 

@@ -234,7 +234,7 @@ def writing(command, path):
             (["extract", "{in}", *ENCODE[2:], "--part", part], f"--part {part}: expected the number of this part")
             for part in ("0/2", "3/2", "1", "a/b", "1/0", "-1/2", "1/2/3")
         ),
-        (["port", "{vae}", "{vae}", "--overwrite"], "is the checkpoint that is read"),
+        (["port", "{vae}", "{vae}", "--overwrite"], "is the folder that is read"),
         (["port", "{out}", "{out}/a"], "no weights in"),
         (["info", "no such thing"], "no such thing is no file"),
     ],
@@ -350,7 +350,7 @@ def test_compiled_programs_are_kept_unless_the_user_keeps_them_elsewhere(run, ch
     settings = {}
     monkeypatch.setattr(jax.config, "update", settings.__setitem__)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("flax_vae.models.vae.CausalVideoVAE.from_pretrained", interrupted)
+    monkeypatch.setattr("flax_vae.families.registry.from_pretrained", interrupted)
     args = "encode", clip, tmp_path / "a", "--weights", checkpoints / "vae", "--frames", 1
     assert run(*args)[0] == 130
     assert not settings
@@ -359,7 +359,7 @@ def test_compiled_programs_are_kept_unless_the_user_keeps_them_elsewhere(run, ch
     assert settings == {"jax_compilation_cache_dir": str(tmp_path / "cache" / "flax_vae" / "xla")}
 
 
-def interrupted(*_):
+def interrupted(*_, **__):
     raise KeyboardInterrupt
 
 

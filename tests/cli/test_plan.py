@@ -89,7 +89,7 @@ def test_request_that_no_program_can_have_is_refused_before_anything_starts(run,
 def test_request_takes_from_the_preset_what_is_not_given():
     made = with_mesh(request(size="720x1280", preset="stage2", batch=4), None)
     assert (made.frames, made.height, made.width, made.precision) == (57, 720, 1280, "bfloat16")
-    assert (made.mesh, made.model, made.remat) == ({"data": 4}, "full", True)
+    assert (made.mesh, made.model, made.remat) == ({"data": 4}, "pyramid-flow", True)
     assert not request(job="encode").remat
 
 
@@ -159,7 +159,7 @@ def test_without_libtpu_the_extra_that_brings_it_is_named(run, monkeypatch):
 
 
 def test_process_that_dies_shows_what_it_said_last(monkeypatch):
-    monkeypatch.setattr(ahead, "CHILD", "flax_vae.cli.no_such_module")
+    monkeypatch.setattr(ahead, "WORKER", "flax_vae.planning.no_such_module")
     with pytest.raises(ChildProcessError, match="No module named"):
         ahead.compile_one(with_mesh(request("cpu:2"), None))
 

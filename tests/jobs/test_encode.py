@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from flax_vae import CausalVideoVAE, LatentScaling, to_float, to_uint8
+from flax_vae.families.registry import released_scaling
 from flax_vae.io.latents import Latents
 
 pytest.importorskip("av", reason="video files need PyAV")
@@ -47,9 +48,9 @@ def test_encode_and_decode_of_ten_frames_give_ten_frames_as_the_whole_clip_would
     import functools
 
     from flax_vae.io import video_reader as video
-    from flax_vae.io import video_writer as writer
+    from flax_vae.io.video_writer import VideoWriter
 
-    monkeypatch.setattr(writer, "VideoWriter", functools.partial(writer.VideoWriter, lossless=True))
+    monkeypatch.setattr("flax_vae.jobs.frames.VideoWriter", functools.partial(VideoWriter, lossless=True))
     weights = "--weights", checkpoints / "vae"
     code, out, err = run("encode", clip, tmp_path / "latents", *weights, "--frames", 10)
     assert code == 0
@@ -158,7 +159,7 @@ def test_scaling_of_a_released_variant_and_of_a_file_is_noted_beside_the_latents
     args = "--weights", checkpoints / "vae", "--frames", 1, "--scaling"
     own = LatentScaling((0.5,) * 16, (2.0,) * 16, 0.0, 1.0)
     (tmp_path / "statistics.json").write_text(json.dumps({"first": {}, "scaling": own.to_dict()}))
-    for given, wanted in (("sd3", LatentScaling.released("sd3")), (tmp_path / "statistics.json", own)):
+    for given, wanted in (("sd3", released_scaling("sd3")), (tmp_path / "statistics.json", own)):
         assert run("encode", clip, tmp_path / "a", *args, given)[0] == 0
         assert LatentScaling.from_dict(Latents(tmp_path / "a").about.scaling) == wanted
 
@@ -260,7 +261,7 @@ def test_two_images_of_one_name_and_an_unreadable_one_are_refused_before_any_wor
 @pytest.mark.parametrize("command", ["encode", "reconstruct"])
 def test_a_folder_is_not_written_into_itself_nor_into_a_file(run, checkpoints, images, contents, command):
     before = contents(images)
-    for target, message in ((images, "is the folder that is read"), (images / "notes.txt", "is a file; for a folder")):
+    for target, message in ((images, "is the folder that is read"), (images / "notes.txt", "is a file; give a folder")):
         code, _, err = run(command, images, target, "--weights", checkpoints / "vae")
         assert code == 2
         assert message in err
@@ -313,7 +314,7 @@ def test_memory_does_not_grow_with_the_length_of_a_clip(run, checkpoints, pixels
     """Reads clips of 40 and of 400 frames in chunks, writes their pieces, and counts the bytes that numpy holds."""
     import tracemalloc
 
-    from flax_vae.cli.encode import LatentPieces
+    from flax_vae.jobs.encode import LatentPieces
     from flax_vae.io.latents import About
     from flax_vae.io.video_writer import VideoWriter
     from flax_vae.jobs.clip import open_clip

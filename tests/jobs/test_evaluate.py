@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flax_vae import CausalVideoVAE, CausalVideoVAEConfig, to_float, to_uint8
+from flax_vae import CausalVideoVAE, CausalVideoVAEConfig, Execution, to_float, to_uint8
 from flax_vae.io.video_reader import read_clip
 from flax_vae.jobs.model import Model
 from flax_vae.metrics.fvd import frechet_distance
@@ -31,7 +31,8 @@ class Copy(nnx.Module):
     """
 
     def __init__(self, off=4, places=(), deeper=0):
-        self.config, self.off, self.places, self.deeper = CausalVideoVAEConfig.tiny(), off, places, deeper
+        self.config, self.execution = CausalVideoVAEConfig.tiny(), Execution()
+        self.off, self.places, self.deeper = off, places, deeper
 
     def encode_chunk(self, x, carry=None):
         return SimpleNamespace(mean=x), jnp.zeros(())
@@ -49,7 +50,7 @@ def copying(monkeypatch, checkpoints):
 
     def use(*args, **options):
         vae = Copy(*args, **options)
-        monkeypatch.setattr("flax_vae.cli.eval.load", lambda *_, **__: Model(vae, vae, "0" * 16))
+        monkeypatch.setattr("flax_vae.jobs.evaluation.evaluate.load", lambda *_, **__: Model(vae, vae, "0" * 16))
         return vae
 
     return use
@@ -298,8 +299,7 @@ def test_a_score_without_its_weights_is_left_out_with_a_note_or_an_error_where_i
     def missing():
         raise FileNotFoundError
 
-    module = {"lpips": "lpips", "fvd": "i3d"}[score]
-    monkeypatch.setattr(f"flax_vae.train.{module}.package_file", missing)
+    monkeypatch.setattr(f"flax_vae.metrics.{score}.package_file", missing)
     copying()
     others = [option for option in PLAIN if option != f"--no-{score}"]
     code, _, err, found = evaluate(write(tmp_path / "a.mkv", 2), without=[*others, *([wish + score] if wish else [])])
@@ -309,7 +309,7 @@ def test_a_score_without_its_weights_is_left_out_with_a_note_or_an_error_where_i
 
 
 def test_memory_for_one_latent_alone_leaves_no_seam_score_and_that_is_said(evaluate, copying, monkeypatch, tmp_path):
-    monkeypatch.setattr("flax_vae.jobs.instruments.fitting", lambda *_: 1)
+    monkeypatch.setattr("flax_vae.jobs.evaluation.instruments.largest", lambda *_: 1)
     copying()
     *_, err, found = evaluate(write(tmp_path / "a.mkv", 33))
     assert "memory has room for 1 latent at a time, and a seam score needs 2" in err
@@ -318,7 +318,7 @@ def test_memory_for_one_latent_alone_leaves_no_seam_score_and_that_is_said(evalu
 
 
 def test_the_table_has_no_more_rows_than_one_can_read(evaluate, copying, folder, monkeypatch):
-    monkeypatch.setattr("flax_vae.cli.eval_report.ROWS", 1)
+    monkeypatch.setattr("flax_vae.cli.eval_report.MAX_ROWS", 1)
     copying(places=range(16), deeper=4)
     *_, out, err, found = evaluate(folder)
     assert "the 1 of 2 clips with the lowest PSNR" in err
@@ -329,9 +329,8 @@ def test_the_table_has_no_more_rows_than_one_can_read(evaluate, copying, folder,
 
 @pytest.mark.parametrize("frames", [1, 2, 12, 13, 100, 1000])
 def test_few_frames_of_a_clip_are_kept_evenly_spaced_and_the_worst_one(frames):
-    from flax_vae.jobs.evaluate import SAMPLES, Measurement
-
-    from flax_vae.jobs.evaluation import Sample
+    from flax_vae.jobs.evaluation.measurement import SAMPLES, Measurement
+    from flax_vae.jobs.evaluation.scores import Sample
 
     measurement = Measurement(SimpleNamespace(path=Path("a.mkv")), None)
     picture = np.zeros((1, 1, 3), np.uint8)
@@ -348,7 +347,7 @@ def test_few_frames_of_a_clip_are_kept_evenly_spaced_and_the_worst_one(frames):
 
 @pytest.mark.parametrize("clips", [1, 2, 4, 6, 7, 100])
 def test_the_frames_shown_are_shared_among_the_clips(clips):
-    from flax_vae.jobs.evaluate import SHOWN, sharing
+    from flax_vae.jobs.evaluation.measurement import SHOWN, sharing
 
     shares = dict(sharing(clips))
     assert sum(shares.values()) == SHOWN
@@ -359,9 +358,9 @@ def test_the_frames_shown_are_shared_among_the_clips(clips):
 def test_the_picture_names_what_it_shows(evaluate, copying, folder, monkeypatch):
     from matplotlib.figure import Figure
 
-    from flax_vae.jobs import evaluation_picture
+    from flax_vae.jobs.evaluation import picture
 
-    monkeypatch.setattr("flax_vae.cli.eval_report.draw", evaluation_picture.draw)
+    monkeypatch.setattr("flax_vae.cli.eval_report.draw", picture.draw)
     words, write = [], Figure.text
     monkeypatch.setattr(Figure, "text", lambda self, x, y, text, **style: words.append(text) or write(self, x, y, text))
     copying(places=(3,), deeper=4)

@@ -72,7 +72,7 @@ def spoil(path, number):
 @pytest.fixture
 def extract(run, checkpoints, monkeypatch, small_pieces):
     """Gives a function that extracts, at most two clips together."""
-    monkeypatch.setattr("flax_vae.jobs.budget.MOST_CLIPS", 2)
+    monkeypatch.setattr("flax_vae.jobs.budget.MAX_BATCH_CLIPS", 2)
     return lambda source, out, *args: run("extract", source, out, "--weights", checkpoints / "vae", *args)
 
 
@@ -189,7 +189,7 @@ def test_stopped_at_some_moment_it_goes_on_where_it_was(extract, clips, tmp_path
 
     from flax_vae.jobs import model
 
-    monkeypatch.setattr("flax_vae.cli.extract.load", functools.cache(model.load))
+    monkeypatch.setattr("flax_vae.jobs.extract.load", functools.cache(model.load))
     out, whole = tmp_path / "out", tmp_path / "whole"
     with power.fails(whole):
         assert extract(clips, whole)[0] == 0
@@ -287,7 +287,7 @@ def test_a_part_with_other_settings_than_the_others_is_refused(extract, clips, t
 
 
 def test_a_long_clip_becomes_a_folder_that_is_gone_on_with(extract, frames, tmp_path, power, monkeypatch, contents):
-    monkeypatch.setattr("flax_vae.jobs.extract.PIECE", 1)
+    monkeypatch.setattr("flax_vae.jobs.extract.PIECE_LATENTS", 1)
     clips, out = tmp_path / "clips", tmp_path / "out"
     write(clips / "long.mp4", np.concatenate([frames, frames]))
     spoil(write(clips / "longer.mp4", np.concatenate([frames, frames])), 30)
@@ -371,10 +371,9 @@ def test_no_damage_to_a_file_is_fatal(extract, frames, tmp_path):
 
 SCRIPT = """
 import sys
-from flax_vae.jobs import budget
-from flax_vae.jobs import pieces as run
-run.PIECE = budget.MOST = 1
-budget.MOST_CLIPS = 2
+from flax_vae.jobs import budget, pieces
+pieces.PIECE_LATENTS = budget.MAX_CHUNK_LATENTS = 1
+budget.MAX_BATCH_CLIPS = 2
 from flax_vae.cli import main
 main(sys.argv[1:])
 """

@@ -68,7 +68,7 @@ def held_before(work, target, kind):
 def saves(request, monkeypatch):
     """Saves after every piece, or as time allows, which here is after the first and the last one."""
     every = getattr(request, "param", True)
-    monkeypatch.setattr("flax_vae.jobs.job.SHARE", 0 if every else 1e9)
+    monkeypatch.setattr("flax_vae.jobs.job.MIN_WORK_PER_SAVE", 0 if every else 1e9)
     return every
 
 
@@ -172,7 +172,7 @@ def test_what_was_decided_at_the_start_holds_to_the_end(tmp_path):
 def test_what_comes_after_the_last_save_is_done_again(tmp_path, monkeypatch):
     target, clock = tmp_path / "target", iter([0.0, 1.0, 5.0, 22.0, 23.0])  # the first save takes a second
     with Job(target, SETTINGS, False) as job, monkeypatch.context() as patch:
-        patch.setattr("flax_vae.jobs.job.SHARE", 20)
+        patch.setattr("flax_vae.jobs.job.MIN_WORK_PER_SAVE", 20)
         patch.setattr("flax_vae.jobs.job.time.monotonic", lambda: next(clock))
         for number in range(3):
             job.piece(".txt").write_text(str(number))

@@ -29,7 +29,7 @@ def loaded_once(monkeypatch, small_pieces):
 
     load = functools.cache(model.load)
     for command in COMMANDS:
-        monkeypatch.setattr(f"flax_vae.cli.{command}.load", load)
+        monkeypatch.setattr(f"flax_vae.jobs.{command}.load", load)
 
 
 @pytest.fixture(scope="module")
@@ -290,11 +290,9 @@ def test_another_budget_of_memory_changes_nothing_of_what_is_begun(run, begun, t
 
 SCRIPT = """
 import sys
-from flax_vae.jobs import budget
-from flax_vae.jobs import pieces as run
-from flax_vae.jobs import job
-run.PIECE = budget.MOST = 1
-job.SHARE = 0
+from flax_vae.jobs import budget, job, pieces
+pieces.PIECE_LATENTS = budget.MAX_CHUNK_LATENTS = 1
+job.MIN_WORK_PER_SAVE = 0
 from flax_vae.cli import main
 main(sys.argv[1:])
 """

@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from flax_vae.jobs.clip import Clip
+from flax_vae.jobs.screen import first_few
 from flax_vae.metrics.fvd import frechet_distance
 from flax_vae.metrics.seams import Seam, seam
 
 NAMES = ("psnr", "ssim", "lpips")
+Failures = list[tuple[Path, str]]  # clips that are left out, and why
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class ClipQuality:
         return len(self.scores["psnr"])
 
     def mean(self, name: str) -> float:
-        """Gives the mean of a score over the frames."""
+        """Returns the mean of a score over the frames."""
         return float(np.mean(self.scores[name]))
 
 
@@ -48,11 +50,11 @@ class ClipQuality:
 class Evaluation:
     """All clips that were measured, why others were not, frames to look at, and the frames of a chunk and a latent.
 
-    `has_rfvd` tells whether features for it were taken, of which there may be too few.
+    `has_rfvd` says whether features for it were taken, of which there may be too few.
     """
 
     clips: list[ClipQuality]
-    failed: list[tuple[Path, str]]
+    failed: Failures
     samples: list[Sample]
     chunk: int
     factor: int
@@ -69,17 +71,17 @@ class Evaluation:
         return sum(clip.frames for clip in self.clips)
 
     def mean(self, name: str) -> float:
-        """Gives the mean of a score over the clips: each counts once, however long."""
+        """Returns the mean of a score over the clips: each counts once, however long."""
         return float(np.mean([clip.mean(name) for clip in self.clips]))
 
     def frames(self, name: str) -> list[list[float]]:
-        """Gives a score of every frame of every clip."""
+        """Returns a score of every frame of every clip."""
         return [clip.scores[name] for clip in self.clips]
 
-    @property
-    def seam(self) -> Seam | None:
-        """What all clips tell of seams between chunks."""
-        return seam(self.frames("psnr"), self.chunk, self.factor)
+    def seam(self, clips: Sequence[ClipQuality] | None = None) -> Seam | None:
+        """Returns the seam score of some clips, by default of all; None where they are too short."""
+        scores = [clip.scores["psnr"] for clip in (self.clips if clips is None else clips)]
+        return seam(scores, self.chunk, self.factor)
 
     @property
     def windows(self) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -92,11 +94,12 @@ class Evaluation:
         windows = self.windows
         return frechet_distance(*map(np.stack, zip(*windows, strict=True))) if len(windows) > 1 else None
 
-    def seam_of(self, clip: ClipQuality) -> Seam | None:
-        """Gives what one clip tells of them."""
-        return seam([clip.scores["psnr"]], self.chunk, self.factor)
+
+def seam_text(seam: Seam) -> str:
+    """Returns a seam score with its standard error."""
+    return f"{seam.score:+.2f}" + (f" \N{PLUS-MINUS SIGN} {seam.error:.2f}" if seam.error is not None else "")
 
 
 def listed(failed: Sequence[tuple[Path, str]]) -> list[str]:
-    """Gives the first few reasons why clips are left out."""
-    return [error for _, error in failed[:9]] + [f"and {len(failed) - 9} more"] * (len(failed) > 9)
+    """Returns the first few reasons why clips are left out."""
+    return first_few([error for _, error in failed])
