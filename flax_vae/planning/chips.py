@@ -1,6 +1,4 @@
-"""The TPUs that a program can be compiled for ahead of time, and what each of their chips has."""
-
-from __future__ import annotations
+"""The TPUs that a program can be compiled for ahead of time, and the figures of their chips."""
 
 import math
 import re
@@ -13,19 +11,19 @@ DOCS = "https://docs.cloud.google.com/tpu/docs"
 
 @dataclass(frozen=True)
 class Chip:
-    """One generation of TPU; numbers are of a chip."""
+    """One generation of TPU; figures are of a chip."""
 
     name: str
-    memory: float  # bytes of HBM that libtpu 0.0.42 lets a program use, as it says when it refuses one
+    memory: float  # bytes of HBM that libtpu 0.0.42 lets a program use, by its message when it refuses one
     memory_bandwidth: float  # bytes/s
-    peak: float  # flops/s in bfloat16, which float32 is multiplied in too unless jax is asked for more precision
+    peak: float  # FLOPs/s in bfloat16, in which float32 is multiplied too unless jax is asked for more precision
     interconnect: float  # bytes/s between chips, both directions and all links together
     axes: int  # of a slice: 2x2, or 2x2x1
     example: str
     source: str
     devices: int = 1  # that jax sees on a chip
-    runtime_name: str = ""  # what libtpu calls it, where that is another name
-    options: dict[str, Any] = field(default_factory=dict)  # that libtpu needs to be told
+    runtime_name: str = ""  # libtpu's, where it is another one
+    options: dict[str, Any] = field(default_factory=dict)  # of libtpu
 
 
 CHIPS = {
@@ -60,25 +58,25 @@ class Topology:
 
     @property
     def devices(self) -> int | None:
-        """How many devices jax will see; None for GPUs, which have to be looked for."""
+        """The number of devices that jax will see; None for GPUs, which only jax can count."""
         return math.prod(self.shape) * (self.chip.devices if self.chip else 1) if self.shape else None
 
     @property
     def runtime_name(self) -> str:
-        """What libtpu calls it."""
+        """The name of the slice in libtpu."""
         assert self.chip is not None
         return f"{self.chip.runtime_name or self.chip.name}:{'x'.join(map(str, self.shape))}"
 
     @property
     def options(self) -> dict[str, Any]:
-        """What libtpu has to be told beside the name."""
+        """The options of libtpu beside the name."""
         assert self.chip is not None
         alone = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(self.shape) == 1 else {}
         return {**self.chip.options, **alone}
 
 
 def parse_topology(text: str) -> Topology:
-    """Reads v5e:4x4, v5p:2x2x2, cpu:8 or gpu; ValueError says what there is."""
+    """Parses v5e:4x4, v5p:2x2x2, cpu:8 or gpu; ValueError lists examples."""
     if text == "gpu":
         return Topology(text, "gpu")
     if (found := re.fullmatch(r"cpu:([1-9]\d*)", text, re.ASCII)) is not None:

@@ -1,9 +1,7 @@
-"""Compiles programs for devices that are not there: each in a process that is told of them before jax starts.
+"""Compiles programs for devices that are not there, each in a process whose environment names them before jax starts.
 
-T frames, H W pixels of a clip.
+Importable without jax.
 """
-
-from __future__ import annotations
 
 import json
 import os
@@ -11,11 +9,9 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import suppress
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from flax_vae.planning.chips import Topology, parse_topology
 from flax_vae.planning.request import Report, Request
@@ -30,11 +26,11 @@ TPU = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 WORKER = "flax_vae.planning.worker"
-LAST_LINES = 20  # that are shown of what a process that died has said
+MAX_ERROR_LINES = 20  # of the standard error of a process that died, which its error shows
 
 
 def compiled_ahead(requests: Sequence[Request], workers: int = 2) -> Iterator[tuple[Request, Report | ValueError]]:
-    """Yields reports as they come, `workers` at a time; a ValueError for what cannot be compiled at all."""
+    """Yields reports as they come, of `workers` processes at a time; a ValueError for what cannot be compiled."""
     running: list[subprocess.Popen] = []
     with ThreadPoolExecutor(workers) as pool:
         waiting = {pool.submit(compile_one, request, running): request for request in requests}
@@ -53,10 +49,10 @@ def compiled_ahead(requests: Sequence[Request], workers: int = 2) -> Iterator[tu
 
 
 def compile_one(request: Request, running: list[subprocess.Popen] | None = None) -> Report:
-    """Compiles a program and measures it.
+    """Compiles a program in a process of its own, which is appended to `running`; returns the report on it.
 
-    Raises ValueError for a program that cannot be, ModuleNotFoundError without libtpu, and ChildProcessError, with the
-    last that it said, where the process died. What it needs to be stopped is added to `running`.
+    Raises ValueError for a program that cannot be compiled, ModuleNotFoundError without libtpu, and ChildProcessError,
+    with the end of its standard error, where the process died.
     """
     command, pipe = [sys.executable, "-m", WORKER], subprocess.PIPE
     environment = environment_for(parse_topology(request.topology))
@@ -68,22 +64,20 @@ def compile_one(request: Request, running: list[subprocess.Popen] | None = None)
         except BaseException:
             child.kill()
             raise
-    with suppress(json.JSONDecodeError):
-        return read_answer(json.loads(out), request)
-    last = "\n".join(noise.strip().splitlines()[-LAST_LINES:])
-    killed = ", perhaps because memory ran out" * (child.returncode == -9)
-    raise ChildProcessError(f"the process that compiles ended with code {child.returncode}{killed}:\n{last}")
-
-
-def read_answer(answer: dict[str, Any], request: Request) -> Report:
-    """Makes a report of what the process says; raises its ValueError."""
+    try:
+        answer = json.loads(out)
+    except json.JSONDecodeError:
+        last = "\n".join(noise.strip().splitlines()[-MAX_ERROR_LINES:])
+        killed = ", perhaps because memory ran out" * (child.returncode == -9)
+        ended = f"the process that compiles ended with code {child.returncode}{killed}"
+        raise ChildProcessError(f"{ended}:\n{last}") from None
     if "error" in answer:
         raise ValueError(answer["error"])
-    return Report(**{**answer, "request": request})
+    return Report(**answer | {"request": request})
 
 
 def environment_for(topology: Topology) -> dict[str, str]:
-    """Gives the variables of a process that compiles for these devices; ModuleNotFoundError without libtpu."""
+    """Returns the environment of a process that compiles for these devices; ModuleNotFoundError without libtpu."""
     variables = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
     root = str(Path(__file__).parents[2])
     variables["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [variables.get("PYTHONPATH")])])

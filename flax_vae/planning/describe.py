@@ -1,29 +1,26 @@
-"""What a report of a compiled program says, in words: rows of a table, and sentences."""
-
-from __future__ import annotations
+"""Reports of compiled programs in words: rows of a table, and sentences; importable without jax."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from flax_vae.planning.request import Report, Request
+from flax_vae.planning.request import Report, Request
 
 
 def report_json(report: Report) -> dict[str, Any]:
-    """Gives all of a report, with the longest of its times."""
+    """Returns all fields of a report, with the longest of its times."""
     return asdict(report) | {"at_least_seconds": report.longest if report.seconds else None}
 
 
 def title(request: Request) -> str:
-    """Says in a line what is asked for."""
+    """Returns what is asked for, in one line."""
     clips = f"{request.batch} x {request.frames} frames of {request.height}x{request.width}"
     what = f"{request.job}, {request.model} model, {clips}, {request.precision}, on {request.topology}"
     return f"{what}, {settings(request)}" if request.mesh else what
 
 
 def settings(request: Request) -> str:
-    """Says in a line what a search chooses between."""
+    """Returns, in one line, the settings between which a search chooses."""
     from flax_vae.runtime.mesh import mesh_name
 
     chosen = [mesh_name(request.mesh)]
@@ -32,7 +29,7 @@ def settings(request: Request) -> str:
 
 
 def rows(report: Report) -> Iterator[Sequence[object]]:
-    """Yields what a report says, in words; a device is a chip, but half of one on v7x."""
+    """Yields (name, value) of what a report holds; a device is a chip, but half of one on v7x."""
     yield "devices", f"{report.devices} x {report.device_kind}"
     yield "memory of a device, needed", amount(report.needed)
     yield "memory of a device, there", amount(report.available)
@@ -52,7 +49,7 @@ def rows(report: Report) -> Iterator[Sequence[object]]:
 
 
 def verdict(report: Report) -> str:
-    """Says whether the program fits, and how fast it can be at best."""
+    """Returns whether the program fits, and how fast it can be at best."""
     if report.fits is None:
         return f"needs {amount(report.needed)} on each device; what there is is not known"
     of = f"needs {amount(report.needed)} of {amount(report.available)}"
@@ -63,19 +60,20 @@ def verdict(report: Report) -> str:
 
 
 def amount(size: int | None) -> str:
+    """Formats bytes of memory."""
     from flax_vae.runtime.memory import format_bytes
 
     return "not known" if size is None else format_bytes(size)
 
 
 def scaled(number: float) -> str:
-    """Writes a number with three digits, in thousands of thousands: 1.92 G."""
+    """Formats a number with three digits and a prefix: 1.92 G."""
     unit, factor = next(((u, f) for u, f in (("P", 1e15), ("T", 1e12), ("G", 1e9)) if number >= f), ("M", 1e6))
     return f"{number / factor:.3g} {unit}"
 
 
 def duration(seconds: float) -> str:
-    """Writes seconds with three digits in the unit that suits them."""
+    """Formats seconds with three digits, in the largest unit that they fill."""
     if seconds >= 120:
         return f"{seconds / 60:.3g} min"
     unit, factor = next(((u, f) for u, f in (("s", 1), ("ms", 1e3)) if seconds * f >= 1), ("us", 1e6))
@@ -83,5 +81,5 @@ def duration(seconds: float) -> str:
 
 
 def bound_words(report: Report) -> str:
-    """Writes the bound of a report and what bounds it."""
+    """Formats the longest of a report's times and what takes it."""
     return f"{duration(report.longest)} ({report.bound})" if report.seconds else ""

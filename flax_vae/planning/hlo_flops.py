@@ -1,6 +1,4 @@
-"""Counts the multiplications and additions of the convolutions and matrix products of a compiled program."""
-
-from __future__ import annotations
+"""Counts the FLOPs of the convolutions and matrix products of a compiled program."""
 
 import math
 import re
@@ -16,7 +14,7 @@ CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 
 
 def flops(instruction: Instruction, computation: Computation) -> int:
-    """Gives 2 for each product that is summed up: those of padding and of holes between inputs are none."""
+    """Returns 2 for each product that is summed: none for padding and for the holes of dilated inputs."""
     if instruction.opcode == "dot":
         return dot_flops(instruction, computation)
     if instruction.opcode == "convolution":
@@ -25,7 +23,7 @@ def flops(instruction: Instruction, computation: Computation) -> int:
 
 
 def dot_flops(instruction: Instruction, computation: Computation) -> int:
-    left = dims_of(instruction, computation, 0)
+    left, _ = operand_dims(instruction, computation)
     found = CONTRACTED.search(instruction.attributes)
     axes = [int(axis) for axis in found[1].split(",") if axis] if found else []
     return 2 * math.prod(instruction.arrays[0].dims) * math.prod(left[axis] for axis in axes)
@@ -35,7 +33,7 @@ def convolution_flops(instruction: Instruction, computation: Computation) -> int
     labels = LABELS.search(instruction.attributes)
     if labels is None:
         raise ValueError(f"{instruction.name}: a convolution without dim_labels")
-    dims = dims_of(instruction, computation, 0), dims_of(instruction, computation, 1), instruction.arrays[0].dims
+    dims = *operand_dims(instruction, computation), instruction.arrays[0].dims
     named = zip(labels.groups(), dims, strict=True)
     inputs, kernel, outputs = (dict(zip(names, sizes, strict=True)) for names, sizes in named)
     total = 2 * kernel["i"] * outputs["f"] * outputs["b"]
@@ -44,25 +42,26 @@ def convolution_flops(instruction: Instruction, computation: Computation) -> int
     return total
 
 
-def dims_of(instruction: Instruction, computation: Computation, operand: int) -> tuple[int, ...]:
-    return computation.instructions[instruction.operands[operand]].arrays[0].dims
+def operand_dims(instruction: Instruction, computation: Computation) -> list[tuple[int, ...]]:
+    return [computation.instructions[name].arrays[0].dims for name in instruction.operands[:2]]
 
 
-def windows(attributes: str) -> list[tuple[int, int, int, int, int]]:
-    """Reads size, stride, low padding, and dilation of inputs and of the kernel, of each axis of a window."""
+def windows(attributes: str) -> list[tuple[int, ...]]:
+    """Parses size, stride, low padding, input dilation and kernel dilation of each axis of a window."""
     found = WINDOW.search(attributes)
-    values = dict(word.split("=") for word in found[1].split()) if found else {}
+    if not found:
+        return []
+    values = dict(word.split("=") for word in found[1].split())
     axes = len(values["size"].split("x")) if values else 0
-
-    def numbers(name: str, usual: str) -> list[int]:
-        return [int(entry.split("_")[0]) for entry in values.get(name, "x".join([usual] * axes)).split("x")]
-
-    names = ("size", "1"), ("stride", "1"), ("pad", "0"), ("lhs_dilate", "1"), ("rhs_dilate", "1")
-    return list(zip(*(numbers(*name) for name in names), strict=True)) if axes else []
+    columns = []
+    for name, default in (("size", "1"), ("stride", "1"), ("pad", "0"), ("lhs_dilate", "1"), ("rhs_dilate", "1")):
+        entries = values[name].split("x") if name in values else [default] * axes
+        columns.append([int(entry.split("_")[0]) for entry in entries])
+    return list(zip(*columns, strict=True))
 
 
 @cache
 def products(inputs: int, outputs: int, size: int, stride: int, low: int, holes: int, dilation: int) -> int:
-    """Counts along one axis the pairs of an output and a kernel entry that meet a real input."""
-    places = np.arange(outputs)[:, None] * stride + np.arange(size) * dilation - low
-    return int(((places >= 0) & (places <= (inputs - 1) * holes) & (places % holes == 0)).sum())
+    """Counts along one axis the pairs of an output and a kernel entry that meet an input, not padding or a hole."""
+    index = np.arange(outputs)[:, None] * stride + np.arange(size) * dilation - low  # outputs, size
+    return int(((index >= 0) & (index <= (inputs - 1) * holes) & (index % holes == 0)).sum())

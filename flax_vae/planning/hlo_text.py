@@ -1,6 +1,4 @@
-"""Reads the text of a compiled program, as XLA prints it: computations of instructions, with the arrays they give."""
-
-from __future__ import annotations
+"""Parses the HLO text of a compiled program, as XLA prints it: computations, their instructions, and their arrays."""
 
 import math
 import re
@@ -25,7 +23,7 @@ class Stored:
 
     @property
     def bytes(self) -> int:
-        """What it takes up; the TPU keeps its last axes in tiles, and fills these."""
+        """Its size in memory; a TPU pads the minor axes to whole tiles."""
         dims, order = list(self.dims), [int(axis) for axis in self.layout.split(":")[0].split(",") if axis]
         if tile := TILE.search(self.layout):
             for axis, side in zip(order, reversed(tile[1].split(",")), strict=False):
@@ -34,7 +32,7 @@ class Stored:
 
     @property
     def is_near(self) -> bool:
-        """Tells whether it is in memory other than the device's large one: in vector memory, or on the host."""
+        """Whether it lies in another memory than HBM: vector memory, or the host's."""
         return bool(re.search(r"S\([1-9]", self.layout))
 
 
@@ -44,13 +42,13 @@ class Instruction:
 
     name: str
     opcode: str
-    arrays: tuple[Stored, ...]  # those that it gives; of a tuple, all in it
+    arrays: tuple[Stored, ...]  # the results; of a tuple, all in it
     operands: tuple[str, ...]
     attributes: str
     is_root: bool
 
     def called(self, *keys: str) -> tuple[str, ...]:
-        """Names the computations that it refers to by these keys, as calls, body or branch_computations."""
+        """Returns the names of the computations under these keys, as calls, body or branch_computations."""
         found = [names for key, names in CALLED.findall(self.attributes) if key in keys]
         return tuple(name.strip(" %") for names in found for name in names.strip("{}").split(",") if name.strip())
 
@@ -75,7 +73,7 @@ class Computation:
 
     @cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """The instructions that take each value."""
+        """The instructions that have each value as an operand."""
         found: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
         for each in self.instructions.values():
             for name in dict.fromkeys(each.operands):
@@ -84,7 +82,7 @@ class Computation:
 
 
 def parse(text: str) -> tuple[str, dict[str, Computation]]:
-    """Gives the name of the computation that is run, and all computations; ValueError for any other text."""
+    """Returns the name of the entry computation, and all computations; ValueError for any other text."""
     entry, computations, inside = "", {}, None
     for line in text.splitlines():
         if inside is None and (header := HEADER.match(line)):
@@ -93,14 +91,14 @@ def parse(text: str) -> tuple[str, dict[str, Computation]]:
         elif line.startswith("}"):
             inside = None
         elif inside is not None and (found := INSTRUCTION.match(line)):
-            inside.instructions[found[2]] = read_instruction(found[2], found[3], bool(found[1]))
+            inside.instructions[found[2]] = parse_instruction(found[2], found[3], bool(found[1]))
     if not entry:
         raise ValueError("no text of a compiled program: expected one computation that begins with ENTRY")
     return entry, computations
 
 
-def read_instruction(name: str, line: str, is_root: bool) -> Instruction:
-    """Reads `arrays opcode(operands), attributes`."""
+def parse_instruction(name: str, line: str, is_root: bool) -> Instruction:
+    """Parses `arrays opcode(operands), attributes`."""
     line = re.sub(r"/\*.*?\*/", "", line)
     opcode = OPCODE.search(line)
     if opcode is None:
@@ -108,13 +106,12 @@ def read_instruction(name: str, line: str, is_root: bool) -> Instruction:
     end = closing(line, opcode.end())
     inside = line[opcode.end() : end]
     operands = re.findall(r"%([\w.\-]+)", inside) or [word.strip() for word in inside.split(",") if word.strip()]
-    return Instruction(
-        name, opcode[1], stored(line[: opcode.start()]), tuple(operands), line[end + 1 :].lstrip(", "), is_root
-    )
+    arrays, attributes = stored(line[: opcode.start()]), line[end + 1 :].lstrip(", ")
+    return Instruction(name, opcode[1], arrays, tuple(operands), attributes, is_root)
 
 
 def closing(line: str, start: int) -> int:
-    """Finds the parenthesis that closes the one before `start`."""
+    """Returns the index of the parenthesis that closes the one before `start`."""
     depth = 1
     for found in re.compile(r"[()]").finditer(line, start):
         depth += 1 if found[0] == "(" else -1
@@ -124,12 +121,12 @@ def closing(line: str, start: int) -> int:
 
 
 def stored(text: str) -> tuple[Stored, ...]:
-    """Reads the arrays of a shape, `bf16[8,128]{1,0}` or a tuple of them."""
+    """Parses the arrays of a shape, `bf16[8,128]{1,0}` or a tuple of them."""
     found = ARRAY.findall(text)
     return tuple(Stored(dtype, tuple(int(n) for n in dims.split(",") if n), layout) for dtype, dims, layout in found)
 
 
 def bits(dtype: str) -> int:
-    """Gives the size of one number: bf16 has 16, f8e4m3fn 8, pred 8, a token none."""
+    """Returns the bits of one value: 16 for bf16, 8 for f8e4m3fn and pred, none for a token."""
     digits = re.match(r"[a-z]+(\d+)", dtype)
     return int(digits[1]) if digits else 8 * (dtype == "pred")

@@ -1,52 +1,50 @@
-"""Counts the bytes that an instruction of a compiled program takes from the device's memory and puts into it."""
-
-from __future__ import annotations
+"""Counts the bytes that an instruction of a compiled program reads from HBM and writes to it."""
 
 from collections.abc import Mapping
 
 from flax_vae.planning.hlo_text import Computation, Instruction
 
-FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
-FREE |= {"while", "conditional", "call", "opt-barrier", "optimization-barrier", "async-start", "async-update"}
-FREE |= {"async-done", "iota", "domain", "add-dependency"}
+FREE_OPCODES = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id"}
+FREE_OPCODES |= {"while", "conditional", "call", "opt-barrier", "optimization-barrier", "async-start", "async-update"}
+FREE_OPCODES |= {"async-done", "iota", "domain", "add-dependency", "replica-id"}
 SLICES = {"slice", "dynamic-slice", "gather"}
 Computations = Mapping[str, Computation]
 
 
 def traffic(each: Instruction, computation: Computation, computations: Computations) -> int:
-    """Counts what one instruction reads and writes; arrays in vector memory are free, as are those only renamed."""
-    if each.opcode in FREE:
+    """Returns the bytes that one instruction reads and writes; none for arrays in vector memory, or only renamed."""
+    if each.opcode in FREE_OPCODES:
         return 0
     taken = 0
     if not each.opcode.endswith("-done"):
         names = dict.fromkeys(name for name in each.operands if name in computation.instructions)
-        taken = sum(read(name, [each], computation, computations) for name in names)
+        taken = sum(read(name, each, computation, computations) for name in names)
     given = 0 if each.opcode.endswith("-start") else written(each, computation, computations)
     return taken + given
 
 
-def far_bytes(each: Instruction) -> int:
-    """Counts the arrays that it gives, those in the device's large memory."""
+def hbm_bytes(each: Instruction) -> int:
+    """Returns the bytes of an instruction's results in HBM."""
     return sum(array.bytes for array in each.arrays if not array.is_near)
 
 
-def read(name: str, users: list[Instruction], computation: Computation, computations: Computations) -> int:
-    """Counts what `users` read of a value: all of it, or only the slices that they cut out of it."""
-    whole = far_bytes(computation.instructions[name])
-    return min(whole, sum(read_by(each, name, whole, computation, computations) for each in users)) if whole else 0
+def read(name: str, user: Instruction, computation: Computation, computations: Computations) -> int:
+    """Returns the bytes that `user` reads of a value: all of them, or the slices that it cuts out."""
+    whole = hbm_bytes(computation.instructions[name])
+    return min(whole, read_by(user, name, whole, computation, computations)) if whole else 0
 
 
 def read_by(each: Instruction, name: str, whole: int, computation: Computation, computations: Computations) -> int:
-    place = each.operands.index(name)
+    index = each.operands.index(name)
     kind = each.opcode.removesuffix("-start")
-    if kind in SLICES and place == 0:
+    if kind in SLICES and index == 0:
         arrays = each.arrays[1:2] if each.opcode.endswith("-start") else each.arrays
         return sum(array.bytes for array in arrays)
-    if kind == "dynamic-update-slice" and place == 0:
-        return 0  # changed where it lies
+    if kind == "dynamic-update-slice" and index == 0:
+        return 0  # updated in place
     if each.opcode == "fusion":
         (inside,) = (computations[name] for name in each.called("calls"))
-        parameter = inside.parameters[place]
+        parameter = inside.parameters[index]
         return sum(read_by(user, parameter, whole, inside, computations) for user in inside.users[parameter])
     if each.opcode == "bitcast" and not each.is_root:
         return sum(read_by(user, each.name, whole, computation, computations) for user in computation.users[each.name])
@@ -54,12 +52,12 @@ def read_by(each: Instruction, name: str, whole: int, computation: Computation, 
 
 
 def written(each: Instruction, computation: Computation, computations: Computations) -> int:
-    """Counts what an instruction writes: its arrays, or only the slice that it puts into one."""
-    if not far_bytes(each):
+    """Returns the bytes that an instruction writes: its results, or the slice that it updates in one."""
+    if not hbm_bytes(each):
         return 0
     if each.opcode == "fusion":
         (inside,) = (computations[name] for name in each.called("calls"))
-        return min(far_bytes(each), result(inside.root, inside, computations))
+        return min(hbm_bytes(each), result(inside.root, inside, computations))
     return result(each, computation, computations)
 
 
@@ -73,4 +71,4 @@ def result(each: Instruction, computation: Computation, computations: Computatio
         return result(operands[0], computation, computations)
     if each.opcode == "tuple":
         return sum(result(operand, computation, computations) for operand in operands)
-    return far_bytes(each)
+    return hbm_bytes(each)

@@ -1,9 +1,7 @@
-"""What compiling a program ahead of time has shown: what it takes, or that it does not fit."""
-
-from __future__ import annotations
+"""What a compiled program takes, or by how much it does not fit."""
 
 import re
-from collections import defaultdict
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -14,16 +12,18 @@ from flax_vae.planning.hlo import Program, program
 from flax_vae.planning.request import Report
 from flax_vae.planning.roofline import seconds
 
-REFUSED = [  # what the compiler says of a program that does not fit: needed, and available
+REFUSALS = [  # the compiler's messages on a program that does not fit: bytes needed, and available
     re.compile(r"Used ([\d.]+)([BKMGT]?) of ([\d.]+)([BKMGT]?) hbm", re.IGNORECASE),
     re.compile(r"\(([\d.]+)([BKMGT]?)\) exceeds available HBM \(([\d.]+)([BKMGT]?)\)", re.IGNORECASE),
 ]
+USES = {"arguments": "argument", "outputs": "output", "aliased": "alias", "temporaries": "temp"}  # names in jax
+USES |= {"code": "generated_code"}
 
 
 def measured(report: Report, compiled: jax.stages.Compiled, chip: Chip | None) -> Report:
-    """Completes the report with what the compiled program takes."""
+    """Returns a report completed from a compiled program; times only for a known chip."""
     memory = memory_of(compiled)
-    needed = None if memory is None else sum(memory.values()) - 2 * memory["aliased"]
+    needed = None if memory is None else sum(memory.values()) - 2 * memory["aliased"]  # in arguments and outputs
     found = program(compiled.as_text() or "")
     times = seconds(found, chip, report.devices) if chip else None
     return replace(
@@ -41,31 +41,25 @@ def measured(report: Report, compiled: jax.stages.Compiled, chip: Chip | None) -
 
 
 def memory_of(compiled: jax.stages.Compiled) -> dict[str, int] | None:
-    """Gives the bytes that a program takes on a device by what they are for, where jax tells."""
+    """Returns the bytes of a program on a device by use; None where jax does not tell."""
     memory = compiled.memory_analysis()
     if memory is None:
         return None
-    return {
-        "arguments": memory.argument_size_in_bytes,
-        "outputs": memory.output_size_in_bytes,
-        "aliased": memory.alias_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-        "code": memory.generated_code_size_in_bytes,
-    }
+    return {use: getattr(memory, f"{name}_size_in_bytes") for use, name in USES.items()}
 
 
 def by_kind(found: Program) -> list[dict[str, Any]]:
-    """Adds up the exchanges of each kind: how many, and the bytes that each device gets of them."""
-    sums: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    """Returns the number of collectives of each kind, and the bytes that each device receives by them."""
+    counts, sizes = Counter[str](), Counter[str]()
     for each, count in found.exchanges.items():
-        sums[each.kind][0] += count
-        sums[each.kind][1] += count * each.bytes
-    return [{"kind": kind, "count": count, "bytes": size} for kind, (count, size) in sorted(sums.items())]
+        counts[each.kind] += count
+        sizes[each.kind] += count * each.bytes
+    return [{"kind": kind, "count": counts[kind], "bytes": sizes[kind]} for kind in sorted(counts)]
 
 
 def refused(message: str) -> tuple[int, int]:
-    """Reads how much memory a program needs, and how much there is, where the compiler refused it for that."""
-    for pattern in REFUSED:
+    """Parses the compiler's message on a program that does not fit: bytes needed, and available."""
+    for pattern in REFUSALS:
         if found := pattern.search(message):
             needed, unit, available, other = found.groups()
             return binary(needed, unit), binary(available, other)
@@ -73,5 +67,5 @@ def refused(message: str) -> tuple[int, int]:
 
 
 def binary(number: str, unit: str) -> int:
-    """Reads 15.75 and G as bytes."""
+    """Returns the bytes of 15.75 and G."""
     return int(float(number) * 1024 ** "BKMGT".index(unit.upper() or "B"))

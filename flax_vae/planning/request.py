@@ -1,9 +1,7 @@
-"""A program that is asked for, and the report of what it takes once it is compiled."""
-
-from __future__ import annotations
+"""A program that is asked for, and the report on it once it is compiled."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -11,7 +9,7 @@ class Request:
     """A program that is asked for."""
 
     topology: str
-    job: str  # train, encode or decode
+    job: Literal["train", "encode", "decode"]
     model: str
     batch: int
     frames: int
@@ -36,16 +34,16 @@ class Report:
     needed: int | None  # bytes of memory
     available: int | None
     fits: bool | None
-    memory: dict[str, int] | None = None  # that needed, by what it is for; None where the compiler gave up
+    memory: dict[str, int] | None = None  # the needed bytes by use; None where the compiler gave up
     flops: int | None = None
     bytes: int | None = None
     collectives: list[dict[str, Any]] | None = None
-    seconds: dict[str, float] | None = None  # at least, by what takes them
-    bound: str | None = None  # which of these is the longest
+    seconds: dict[str, float] | None = None  # lower bounds by resource, see `roofline`
+    bound: str | None = None  # the resource with the longest
     compile_seconds: float | None = None
     loops_of_unknown_length: int = 0
 
     @property
     def longest(self) -> float:
-        """The seconds that it takes at least."""
+        """The lower bound on the run time in seconds; infinite where none is known."""
         return max(self.seconds.values()) if self.seconds else float("inf")

@@ -1,17 +1,15 @@
-"""The shortest time in which a chip can do what a compiled program asks for, by each of the things that it is made of.
+"""Roofline: lower bounds on run time from FLOPs, memory traffic and communication.
 
-Whatever else happens, a step takes at least as long as the longest of them: all products at the peak rate, all bytes
-through memory, or all exchanges over links that are busy all the time. Real steps take longer.
+A program takes at least the longest of three times: all products at the peak rate, all bytes at the memory bandwidth,
+all collectives over links that are never idle. Real programs take longer.
 """
-
-from __future__ import annotations
 
 from flax_vae.planning.chips import Chip
 from flax_vae.planning.hlo import Collective, Program
 
 
 def seconds(program: Program, chip: Chip, devices: int) -> dict[str, float]:
-    """Gives the seconds that a device needs for its flops, its memory, and its exchanges with `devices` in all."""
+    """Returns the lower bounds of a program on one of `devices` devices, by resource."""
     sent = sum(count * sent_bytes(each, devices) for each, count in program.exchanges.items())
     return {
         "flops": program.flops / (chip.peak / chip.devices),
@@ -21,7 +19,7 @@ def seconds(program: Program, chip: Chip, devices: int) -> dict[str, float]:
 
 
 def sent_bytes(collective: Collective, devices: int) -> float:
-    """Counts the bytes that each device sends, in the way that sends the fewest: around a ring."""
+    """Returns the bytes that each device sends by the ring algorithm, which sends the fewest."""
     size = collective.devices or devices
     share = (size - 1) / size
     factors = {"all-reduce": 2 * share, "all-gather": share, "reduce-scatter": size - 1, "all-to-all": share}

@@ -1,28 +1,29 @@
-"""Which meshes and savings of memory a search tries, in which order, and how it ranks what it finds."""
-
-from __future__ import annotations
+"""Which meshes and memory savings a search tries, in which order, and how it ranks the reports."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from flax_vae.planning.request import Report, Request
+from flax_vae.families import registry
+from flax_vae.planning.chips import parse_topology
+from flax_vae.planning.describe import amount, settings, verdict
+from flax_vae.planning.request import Report, Request
+from flax_vae.runtime.mesh import AXES, check_sizes
 
 
 def candidates(request: Request) -> Iterator[Request]:
-    """Yields ways to do what is asked for: more clips at a time on more devices first, what saves memory later.
+    """Yields variants of a request: more clips at a time on more devices first, what saves memory later.
 
-    Meshes are all that make as many devices as there are and divide the clips evenly. Chunks and frame by frame that
-    are asked for are kept; else both are tried too, and a step of training with remat, and with fsdp.
+    Meshes are all those of all devices that divide the clips evenly. Chunks and frame by frame stay where they are
+    asked for; otherwise both are tried too, and for training remat and fsdp.
     """
-    ways, meshes = list(savings(request)), list(admitted(request))
+    variants, meshes = list(savings(request)), list(admitted(request))
     seen: list[Request] = []
-    order = sorted(product(range(len(ways)), range(len(meshes))), key=lambda pair: (sum(pair), pair))
-    for way, mesh in order:
-        shares = ways[way].fsdp and meshes[mesh].get("data", 1) > 1
-        tried = replace(ways[way], mesh=meshes[mesh], fsdp=shares)
+    order = sorted(product(range(len(variants)), range(len(meshes))), key=lambda pair: (sum(pair), pair))
+    for variant, mesh in order:
+        fsdp = variants[variant].fsdp and meshes[mesh].get("data", 1) > 1
+        tried = replace(variants[variant], mesh=meshes[mesh], fsdp=fsdp)
         if tried in seen or (tried.mesh.get("time", 1) > 1 and (tried.chunk or tried.frame_by_frame)):
             continue
         seen.append(tried)
@@ -30,14 +31,11 @@ def candidates(request: Request) -> Iterator[Request]:
 
 
 def savings(request: Request) -> Iterator[Request]:
-    """Yields the ways to take less memory, the fastest first."""
-    from flax_vae.families import registry
-
+    """Yields variants that take ever less memory, the fastest first."""
     if request.job == "train":
         yield replace(request, remat=False, fsdp=False)
-        request = replace(request, remat=True, fsdp=request.fsdp)
-        yield replace(request, fsdp=False)
-        request = replace(request, fsdp=True)
+        yield replace(request, remat=True, fsdp=False)
+        request = replace(request, remat=True, fsdp=True)
     yield request
     factor = registry.preset(request.model).temporal_factor
     chunks = [] if request.chunk else [size for size in (2 * factor, factor) if size < request.frames - 1]
@@ -47,11 +45,7 @@ def savings(request: Request) -> Iterator[Request]:
 
 
 def admitted(request: Request) -> Iterator[dict[str, int]]:
-    """Yields meshes of all devices that divide the clips evenly; those over clips first, then over few axes."""
-    from flax_vae.families import registry
-    from flax_vae.planning.chips import parse_topology
-    from flax_vae.runtime.mesh import AXES, check_sizes
-
+    """Yields meshes of all devices that divide the clips evenly: those over clips first, then over few axes."""
     count = parse_topology(request.topology).devices
     if count is None:
         raise ValueError("--search needs to know how many devices there are: give a slice of TPUs, or cpu:8")
@@ -78,7 +72,7 @@ def factorizations(count: int, parts: int) -> Iterator[tuple[int, ...]]:
 
 
 def rank(report: Report) -> tuple[Any, ...]:
-    """Orders what fits by its bound, and what does not after it, by what it needs."""
+    """Returns a sorting key: what fits by its bound, then what does not by the memory that it needs."""
     needed = report.needed or 0
     if report.fits is False:
         return 1, needed
@@ -86,9 +80,7 @@ def rank(report: Report) -> tuple[Any, ...]:
 
 
 def conclusion(reports: Sequence[Report]) -> str:
-    """Names the best of the ranked reports; where nothing fits, how far off the nearest is, and what would fit."""
-    from flax_vae.planning.describe import amount, settings, verdict
-
+    """Returns a sentence on the first of the ranked reports: the best one, or how far the nearest is from fitting."""
     best = reports[0]
     if best.fits is not False:
         return f"best: {settings(best.request)}; {verdict(best)}"

@@ -1,19 +1,23 @@
-"""What `flax-vae plan` is asked for, and the request that comes of it."""
-
-from __future__ import annotations
+"""What `flax-vae plan` is asked for, and the request that it makes; importable without jax."""
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from flax_vae.train.config import Precision
+from flax_vae.io.pixels import parse_size
+from flax_vae.planning.chips import parse_topology
+from flax_vae.planning.request import Request
+from flax_vae.train.config import PRESETS, Precision, check
 
-if TYPE_CHECKING:
-    from flax_vae.planning.request import Request
+MESH_HELP = "how many devices divide what: data (clips), time, height, width, as data=8,height=2"
+PRECISION_DEFAULT = "the preset's; float32 to encode and decode"
 
-OF_PRESET = "(default: the preset's)"
+
+def of_preset(metavar: str | None, help: str, default: str = "the preset's") -> Any:
+    """Describes an option whose default is not its value."""
+    return arg(metavar=metavar, help=help, help_behavior_hint=f"(default: {default})")
 
 
 @dataclass(frozen=True)
@@ -27,51 +31,24 @@ class Wanted:
     """a step of training, or a batch of clips"""
     preset: Literal["tiny", "stage1", "stage2"] = "stage1"
     """of flax-vae train: all that is not given here, and for training the losses"""
-    model: Annotated[
-        str | None, arg(metavar="NAME", help="preset of the model, as pyramid-flow", help_behavior_hint=OF_PRESET)
-    ] = None
-    batch: Annotated[
-        int | None, arg(metavar="N", help="clips, of all devices together", help_behavior_hint=OF_PRESET)
-    ] = None
-    frames: Annotated[int | None, arg(metavar="N", help="frames of a clip", help_behavior_hint=OF_PRESET)] = None
-    size: Annotated[
-        str | None, arg(metavar="SIDE|HxW", help="pixels, as 256 or 720x1280", help_behavior_hint=OF_PRESET)
-    ] = None
-    mesh: Annotated[
-        str | None,
-        arg(
-            metavar="SIZES",
-            help="how many devices divide what: data (clips), time, height, width, as data=8,height=2",
-            help_behavior_hint="(default: data=all)",
-        ),
-    ] = None
-    chunk: Annotated[
-        int | None,
-        arg(
-            metavar="N",
-            help="frames at a time, whole latents",
-            help_behavior_hint="(default: all at once)",
-        ),
-    ] = None
+    model: Annotated[str | None, of_preset("NAME", "preset of the model, as pyramid-flow")] = None
+    batch: Annotated[int | None, of_preset("N", "clips, of all devices together")] = None
+    frames: Annotated[int | None, of_preset("N", "frames of a clip")] = None
+    size: Annotated[str | None, of_preset("SIDE|HxW", "pixels, as 256 or 720x1280")] = None
+    mesh: Annotated[str | None, of_preset("SIZES", MESH_HELP, "data=all")] = None
+    chunk: Annotated[int | None, of_preset("N", "frames at a time, whole latents", "all at once")] = None
     remat: bool = True
     """for training: compute activations a second time, in less memory"""
     frame_by_frame: bool = False
     """compute each block one frame after the other, in less memory"""
     fsdp: bool = False
     """for training: the devices of data share the weights and the optimizer too"""
-    precision: Annotated[
-        Precision | None,
-        arg(help="what is computed in", help_behavior_hint="(default: the preset's; float32 to encode and decode)"),
-    ] = None
+    precision: Annotated[Precision | None, of_preset(None, "what is computed in", PRECISION_DEFAULT)] = None
 
 
 def request_of(wanted: Wanted) -> Request:
-    """Fills in from the preset what is not given; ValueError for what no program can have."""
+    """Completes what is asked for from its preset, but for the mesh; ValueError for what no program can have."""
     from flax_vae.families import registry
-    from flax_vae.io.pixels import parse_size
-    from flax_vae.planning.chips import parse_topology
-    from flax_vae.planning.request import Request
-    from flax_vae.train.config import PRESETS, check
 
     base, is_training = PRESETS[wanted.preset], wanted.job == "train"
     sides = parse_size(wanted.size) or base.clips.size
@@ -102,7 +79,6 @@ def request_of(wanted: Wanted) -> Request:
 def with_mesh(request: Request, text: str | None) -> Request:
     """Completes a request with its mesh, by default all devices for the clips; ValueError where that cannot be."""
     from flax_vae.families import registry
-    from flax_vae.planning.chips import parse_topology
     from flax_vae.runtime.mesh import check_sizes, parse_mesh
 
     count = parse_topology(request.topology).devices

@@ -1,9 +1,7 @@
-"""The memory that a stream takes, told before it is run, and the largest chunk or batch that a budget has room for.
+"""Memory planning: the bytes that a stream takes, before it runs, and the largest chunk or batch within a budget.
 
-B batch, T frames, H W pixels, C channels. Bytes are those of the device; on a CPU, those of the whole process.
+B batch, T frames, H W pixels, C channels. Bytes are those of a device; on a CPU, of the whole process.
 """
-
-from __future__ import annotations
 
 import math
 import os
@@ -18,34 +16,34 @@ import jax
 from flax_vae.runtime.stream import Compiled
 
 UNITS = {"B": 1, **{f"{p}{b}": k**n for k, b in ((1000, "B"), (1024, "iB")) for n, p in enumerate("KMGT", 1)}}
-HOST_SHARE = Fraction(1, 2)  # of a machine's memory: files, their cache and other programs are in it too
-DEVICE_SHARE = Fraction(9, 10)  # of what the allocator may take: it cannot fill every gap
+HOST_MEMORY_SHARE = Fraction(1, 2)  # of a machine's memory: the page cache and other programs need some too
+DEVICE_MEMORY_SHARE = Fraction(9, 10)  # of the allocator's limit: fragmentation leaves gaps that nothing fits
 
 # What a process on a CPU takes beyond its arrays, measured by encoding and decoding at 64 to 256 pixels. Convolutions
 # copy patches of their input: 10 to 40 % of all arrays. malloc keeps what is freed: up to 30 MiB a thread. Python and
 # its packages take 220 MiB, compiling up to 320 MiB, the rest is for reading and writing video.
-CPU_FACTOR = Fraction(7, 5)
+CPU_ARRAYS_FACTOR = Fraction(7, 5)
 CPU_THREAD_BYTES = 32 * 2**20
 CPU_PROCESS_BYTES = 704 * 2**20
 
 
 def available_bytes() -> int:
-    """Gives the budget where none is given: a share of all the memory there is, so it is the same in every run.
+    """Returns the default budget: a share of the memory installed, not of what is free, so that all runs have the same.
 
-    On a CPU half of the machine's memory, or of its control group's limit if that is less, as containers have one; on
+    On a CPU half of the machine's memory, or of its control group's limit where that is less (containers have one); on
     other devices nine tenths of what jax may allocate. Raises ValueError where neither is known.
     """
     device = jax.local_devices()[0]
     if device.platform == "cpu":
-        return math.floor(HOST_SHARE * min([physical_bytes(), *cgroup_limits()]))
+        return math.floor(HOST_MEMORY_SHARE * min([physical_bytes(), *cgroup_limits()]))
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if not limit:
         raise ValueError(f"{device.device_kind} does not tell its memory: give a budget, as 4GiB")
-    return math.floor(DEVICE_SHARE * limit)
+    return math.floor(DEVICE_MEMORY_SHARE * limit)
 
 
 def physical_bytes() -> int:
-    """Gives the memory of this machine; ValueError where the system does not tell."""
+    """Returns the memory of this machine; ValueError where the system does not tell."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
@@ -53,9 +51,9 @@ def physical_bytes() -> int:
 
 
 def cgroup_limits(root: Path = Path("/")) -> Iterator[int]:
-    """Yields the limits of memory of the control groups that this process is in, of version 1 and 2, inner ones first.
+    """Yields the memory limits of the control groups of this process, versions 1 and 2, inner groups first.
 
-    A container may be told the path of its group outside of it; its own limit is then at the top of what it sees.
+    A container may see the path that its group has outside of it; its limit is then at the root of what is mounted.
     """
     memberships = root / "proc/self/cgroup"
     for line in memberships.read_text().splitlines() if memberships.is_file() else ():
@@ -68,14 +66,13 @@ def cgroup_limits(root: Path = Path("/")) -> Iterator[int]:
             continue
         group = top / path.lstrip("/")
         for folder in (group, *group.parents):
-            if folder.is_relative_to(top) and (folder / name).is_file():
-                limit = (folder / name).read_text().strip()
-                if limit != "max":
-                    yield int(limit)
+            file = folder / name
+            if folder.is_relative_to(top) and file.is_file() and (limit := file.read_text().strip()) != "max":
+                yield int(limit)
 
 
 def parse_bytes(text: str) -> int:
-    """Reads a number of bytes, as 4GiB, 1.5 GB or 500000000; ValueError for anything else, and for none."""
+    """Parses a number of bytes, as 4GiB, 1.5 GB or 500000000; ValueError for anything else, and below one byte."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B?)", text.strip(), re.IGNORECASE | re.ASCII)
     units = {unit.lower(): size for unit, size in UNITS.items()}
     size = math.floor(Fraction(match[1]) * units[match[2].lower() or "b"]) if match else 0
@@ -85,21 +82,24 @@ def parse_bytes(text: str) -> int:
 
 
 def format_bytes(size: int) -> str:
-    """Writes a number of bytes in the binary unit that suits it, to a tenth: 1.5 GiB."""
+    """Formats a number of bytes in the largest binary unit that it fills, to a tenth: 1.5 GiB."""
     unit = next((unit for unit in ("TiB", "GiB", "MiB", "KiB") if size >= UNITS[unit]), "B")
     return f"{round(size / UNITS[unit], 1):g} {unit}"
 
 
 def step_bytes(step: Compiled, first: jax.ShapeDtypeStruct, later: jax.ShapeDtypeStruct | None = None) -> int:
-    """Tells how many bytes a stream takes once it is under way; nothing is run, and no array is made.
+    """Returns the bytes that a stream takes; compiles its step, but runs nothing and allocates no array.
 
-    The step is compiled for a later chunk: that counts its weights, chunk, carry, result and temporaries. Beside them a
-    stream holds a result that is being written, the carry after it, and a chunk that was read ahead, with its source.
+    The program of a later chunk counts weights, chunk, carry, result and temporaries. Beside them a stream holds a
+    result that is being written, the carry after it, and a chunk that was read ahead, with its source.
 
     Args:
-      step: what `flax_vae.runtime.stream.compiled` gives, which will use what is compiled here.
-      first: shape and dtype of the first chunk (B, T, H, W, C), which must not be larger than a later one.
+      step: of `flax_vae.runtime.stream.compiled`; it will run the program that is compiled here.
+      first: shape and dtype of the first chunk (B, T, H, W, C).
       later: those of all others; None where the first is the only one, as of an image.
+
+    Raises:
+      ValueError: the first chunk is larger than a later one, or jax does not tell what a program takes.
     """
     if later is None:
         traced = step.trace(first, None)
@@ -113,12 +113,12 @@ def step_bytes(step: Compiled, first: jax.ShapeDtypeStruct, later: jax.ShapeDtyp
 
 
 def program_bytes(traced: jax.stages.Traced) -> int:
-    """Compiles a program and counts as `compiled_bytes` does."""
+    """Compiles a program and returns its `compiled_bytes`."""
     return compiled_bytes(traced.lower().compile())
 
 
 def compiled_bytes(compiled: jax.stages.Compiled) -> int:
-    """Counts a program's arguments, results and temporaries, shared ones once; ValueError where jax does not tell."""
+    """Returns the bytes of a program's arguments, results and temporaries; ValueError where jax does not tell them."""
     memory = compiled.memory_analysis()
     if memory is None:
         raise ValueError(f"what a program takes is not known on {jax.default_backend()}: it cannot be planned for")
@@ -127,24 +127,24 @@ def compiled_bytes(compiled: jax.stages.Compiled) -> int:
 
 
 def process_bytes(arrays: int) -> int:
-    """Tells how much memory is needed to compute with so many bytes of arrays: on a CPU, by the whole process."""
+    """Returns the memory that computing with these bytes of arrays takes: on a CPU, that of the whole process."""
     if jax.default_backend() != "cpu":
         return arrays
-    return math.ceil(CPU_FACTOR * arrays) + CPU_PROCESS_BYTES + CPU_THREAD_BYTES * (os.cpu_count() or 1)
+    return math.ceil(CPU_ARRAYS_FACTOR * arrays) + CPU_PROCESS_BYTES + CPU_THREAD_BYTES * (os.cpu_count() or 1)
 
 
 def tree_bytes(tree: Any) -> int:
-    """Counts the bytes of all arrays of a tree, or of the shapes that stand for them."""
+    """Returns the bytes of all arrays, or shapes, of a tree."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def largest(bytes_of: Callable[[int], int], budget: int, limit: int) -> int:
-    """Gives the largest power of two, `limit` at most, of which `bytes_of` is within the budget.
+    """Returns the largest power of two, `limit` at most, of which `bytes_of` is within the budget.
 
-    `bytes_of` must not fall as its argument grows. It is asked for the largest first, which most often fits, then for
-    1, and for those that a straight line between too small and too large points to.
+    `bytes_of`, which must not fall as its argument grows, compiles a program: it is called for the largest size first,
+    which most often fits, then for 1, then where a line between what fits and what does not meets the budget.
 
-    Raises ValueError when not even 1 fits, or for a limit below 1.
+    Raises ValueError where not even 1 fits, or for a limit below 1.
     """
     if limit < 1:
         raise ValueError(f"limit={limit}: expected at least 1")

@@ -1,12 +1,12 @@
 """A clip sharded over a mesh: exactly the results of one device. B batch, T frames, H W pixels, C channels.
 
-XLA's partitioner shards batch, height and width by itself, from how its inputs are sharded. Time is sharded here: the
-first frame is a part of its own, which every device of `time` computes; the frames after it are divided evenly. The
+XLA's partitioner shards batch, height and width by itself, following the shardings of the inputs. Time is sharded here:
+the first frame is a part of its own, which every device of `time` computes; the frames after it are divided evenly. The
 share of a device is one more clip of the batch, whose carry is a `TimeHalo` from the devices before it. So a clip on a
 mesh is a tuple of parts: the first frame and the rest where time is sharded, otherwise the clip as a whole.
-"""
 
-from __future__ import annotations
+A step is a function (module, clip, carry) -> (result, carry), such as `VideoVAE.encode_chunk`.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,38 +28,31 @@ from flax_vae.ops.window import lowered
 from flax_vae.runtime.mesh import clip_spec, sharding
 
 Parts = tuple[Any, ...]
-FOLDED = Spec(("time", "data"), None, "height", "width", None)  # of clips each of which is a device's share of one
+FOLDED = Spec(("time", "data"), None, "height", "width", None)  # of (N * B, T / N, H, W, C), see `fold_time`
 
 
 def shard(clip: Any, mesh: Mesh) -> Parts:
-    """Shards a clip (B, T, H, W, C) over a mesh, in parts; each of several processes gives its own clips."""
-    parts = split_parts(np.asarray(clip) if jax.process_count() > 1 else clip, mesh)
-    return tuple(_shard(part, sharding(mesh, clip_spec(i > 0))) for i, part in enumerate(parts))
-
-
-def _shard(part: Any, sharding: jax.sharding.NamedSharding) -> jax.Array:
+    """Shards a clip (B, T, H, W, C) over a mesh, in parts; each of several processes passes its own clips."""
+    shardings = (sharding(mesh, clip_spec(over_time)) for over_time in (False, True))
     if jax.process_count() == 1:
-        return jax.device_put(part, sharding)
-    return jax.make_array_from_process_local_data(sharding, part)
+        return tuple(map(jax.device_put, split_parts(clip, mesh), shardings))
+    return tuple(map(jax.make_array_from_process_local_data, shardings, split_parts(np.asarray(clip), mesh)))
 
 
 def shard_step(chunk: Any, carry: Any, mesh: Mesh) -> tuple[Any, Any]:
     """Shards a chunk of a stream (B, T, H, W, C) and its carry; to shapes, it adds their shardings."""
-    specs = clip_spec(carry is not None), clip_spec(False)
-    return tuple(
-        jax.tree.map(partial(_shard_leaf, sharding(mesh, spec)), x)
-        for x, spec in zip((chunk, carry), specs, strict=True)
-    )
 
+    def place(leaf, sharding):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        return jax.device_put(leaf, sharding)
 
-def _shard_leaf(sharding, leaf):
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    return jax.device_put(leaf, sharding)
+    chunk = place(chunk, sharding(mesh, clip_spec(carry is not None)))
+    return chunk, jax.tree.map(lambda leaf: place(leaf, sharding(mesh, clip_spec(False))), carry)
 
 
 def run_step(module: nnx.Module, step: Step, x: Any, carry: Any, mesh: Mesh) -> tuple[Any, Any]:
-    """Returns what `step(module, x, carry)` returns for a chunk that `shard_step` has sharded; inside a jit."""
+    """Returns what `step(module, x, carry)` returns, for a chunk and a carry of `shard_step`; inside a jit."""
     with lowered_for(mesh):
         if carry is None or mesh.shape["time"] == 1:
             result, after = step(module, x, carry)
@@ -72,7 +65,7 @@ def run_step(module: nnx.Module, step: Step, x: Any, carry: Any, mesh: Mesh) -> 
 
 @contextmanager
 def lowered_for(mesh: Mesh | None) -> Iterator[None]:
-    """Within it layers are traced as suits the devices of a mesh: on TPUs that divide the batch alone, in strips."""
+    """Traces layers as suits the devices of a mesh: in strips on TPUs, where these divide the batch alone."""
     if mesh is None:
         yield
         return
@@ -85,7 +78,7 @@ def lowered_for(mesh: Mesh | None) -> Iterator[None]:
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Replicates a tree over the devices of a mesh; all processes give the same."""
+    """Replicates a tree over the devices of a mesh; all processes pass the same."""
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding(mesh))
     return jax.jit(lambda tree: tree, out_shardings=sharding(mesh))(tree)
@@ -101,7 +94,7 @@ def abstract_parts(shape: Sequence[int], mesh: Mesh, dtype: Any) -> Parts:
 
 
 def is_split(frames: int, mesh: Mesh | None) -> bool:
-    """Whether a clip of so many frames, or latents, is in two parts."""
+    """Whether a clip of this many frames, or latents, is in two parts."""
     return mesh is not None and mesh.shape["time"] > 1 and frames > 1
 
 
@@ -111,12 +104,15 @@ def split_parts(clip: Any, mesh: Mesh | None) -> Parts:
 
 
 def join_parts(parts: Sequence[Any]) -> Any:
-    """Joins the parts of a clip, or trees of such, in time."""
+    """Joins the parts of a clip, or trees of parts, in time."""
     return parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
 
 
 def run_parts(module: nnx.Module, step: Step, parts: Parts, mesh: Mesh | None, chunk: int | None = None) -> Parts:
-    """Returns what `step(module, clip, None)` returns for the parts of a clip, in parts; inside a jit."""
+    """Returns what `step(module, clip, None)` returns, in parts, for the parts of a clip; inside a jit.
+
+    With `chunk`, for which time must not be sharded, so many frames are computed at a time.
+    """
     if chunk is not None:
         return (scan_chunks(module, step, parts[0], chunk)[0],)
     if mesh is None or mesh.shape["time"] == 1:
@@ -127,21 +123,22 @@ def run_parts(module: nnx.Module, step: Step, parts: Parts, mesh: Mesh | None, c
 
 
 def run_over_time(module: nnx.Module, step: Step, x: Any, carry: Any, mesh: Mesh) -> tuple[Any, Any]:
-    """Returns what `step(module, x, carry)` returns for frames (B, T, H, W, C) that are sharded over `time`.
+    """Returns what `step(module, x, carry)` returns for frames x (B, T, H, W, C) that N devices of `time` share.
 
-    To the layers, the share of each of the N devices is a clip of its own: (B, T) become (N * B, T / N). Each device
-    has a copy of the carry, before and after.
+    The carry, before and after, has a copy for each device: (N * B, frames, H, W, C).
     """
     devices = mesh.shape["time"]
+    # To the layers, each device's share is a clip of its own, (N * B, T / N, H, W, C). They ask the halo for the frames
+    # before it: on device 0 those of the carry, otherwise the last ones of the devices before.
     carry = jax.tree.map(lambda leaf: TimeHalo(leaf, devices), carry)
     result, after = step(module, fold_time(x, mesh), carry)
-    # the carry of the stream is that of its last frames, which the last device has
+    # each device returns the carry after its own frames; the stream's is that of the last device
     after = jax.tree.map(lambda leaf: per_device_copies(pick_device(devices - 1, leaf, mesh), mesh), after)
     return jax.tree.map(lambda leaf: unfold_time(leaf, mesh), result), after
 
 
 def fold_time(x: Any, mesh: Mesh) -> Any:
-    """Folds the devices of `time` into the batch: (B, T, ...) becomes (N * B, T / N, ...), device by device."""
+    """Folds the N devices of `time` into the batch: (B, T, ...) becomes (N * B, T / N, ...), device by device."""
     x = jnp.moveaxis(x.reshape(x.shape[0], mesh.shape["time"], -1, *x.shape[2:]), 1, 0)
     return constrain(x.reshape(-1, *x.shape[2:]), mesh, FOLDED)
 
@@ -153,12 +150,12 @@ def unfold_time(x: Any, mesh: Mesh) -> Any:
 
 
 def constrain(x: Any, mesh: Mesh, spec: Spec) -> Any:
-    """Constrains the sharding of (B, T, ...), of as many axes as there are, inside a jit."""
+    """Constrains the sharding of x, of no more axes than the spec has, inside a jit."""
     return lax.with_sharding_constraint(x, sharding(mesh, Spec(*spec[: x.ndim])))
 
 
 def per_device_copies(x: Any, mesh: Mesh) -> Any:
-    """Returns a copy of (B, T, H, W, C) for each of the N devices of `time`, as clips of their own: (N * B, T, ...).
+    """Returns (N * B, T, ...): a copy of (B, T, ...) for each of the N devices of `time`, as clips of their own.
 
     Were the clip replicated instead, XLA (of jax 0.10) would count the gradients of kernels once a device where height
     or width are sharded too.
@@ -167,20 +164,18 @@ def per_device_copies(x: Any, mesh: Mesh) -> Any:
     return constrain(x.reshape(-1, *x.shape[2:]), mesh, FOLDED)
 
 
-def pick_device(place: int, x: Any, mesh: Mesh) -> Any:
-    """Returns on all devices of `time` what the one at a place has of (N * B, T, H, W, C)."""
-    devices = mesh.shape["time"]
-    x = x.reshape(devices, -1, *x.shape[1:])
-    is_there = (jnp.arange(devices) == place).reshape(-1, *(1,) * (x.ndim - 1))
-    x = jnp.where(is_there, x, jnp.zeros_like(x)).sum(axis=0)  # not x[place], for which XLA would gather all of x
-    return constrain(x, mesh, clip_spec(False))
+def pick_device(index: int, x: Any, mesh: Mesh) -> Any:
+    """Returns (B, T, ...), on all devices of `time`: what the one at `index` holds of (N * B, T, ...)."""
+    x = x.reshape(mesh.shape["time"], -1, *x.shape[1:])
+    is_picked = (jnp.arange(len(x)) == index).reshape(-1, *(1,) * (x.ndim - 1))
+    # a sum of one term and zeros is an all-reduce; for x[index] XLA would all-gather x
+    return constrain(jnp.where(is_picked, x, jnp.zeros_like(x)).sum(axis=0), mesh, clip_spec(False))
 
 
 def map_frames(function: Callable[..., jax.Array], *clips: jax.Array, mesh: Mesh | None, part: int) -> jax.Array:
-    """Applies a per-frame function (LPIPS, say); returns (B, T).
+    """Applies a per-frame function (LPIPS, say) to the parts number `part`, 0 or 1, of clips; returns (B, T).
 
-    `clips` are the parts number `part` (0 or 1) of clips on the mesh. The function gets all frames of a device as one
-    clip: (devices, frames of each, H, W, C).
+    The function gets all frames of a device as one clip: (devices, frames of each, H, W, C) to (devices, frames).
     """
     if mesh is None:
         b, t = clips[0].shape[:2]

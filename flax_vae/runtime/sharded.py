@@ -1,10 +1,8 @@
 """Encodes and decodes whole clips on a mesh of devices: B batch, T frames, H W pixels, C channels."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,44 +12,57 @@ from jax.sharding import Mesh
 from flax_vae.models.posterior import DiagonalGaussian, Latents
 from flax_vae.models.vae import Video, VideoVAE
 from flax_vae.runtime.mesh import check_sizes, sharding
-from flax_vae.runtime.parallel import Parts, abstract_parts, join_parts, lowered_for, replicate, run_parts, shard
+from flax_vae.runtime.parallel import abstract_parts, join_parts, lowered_for, replicate, run_parts, shard
 
 
 def encode(vae: VideoVAE, video: Video, mesh: Mesh, chunk: int | None = None) -> DiagonalGaussian:
-    """Encodes (B, T, H, W, C) on a mesh to what `vae.encode` returns, `chunk` frames at a time.
+    """Encodes clips on a mesh; returns what `vae.encode` returns.
 
-    Raises ValueError where the mesh does not divide the clips evenly.
+    Args:
+      vae: a model.
+      video: (B, T, H, W, C), pixels in [-1, 1].
+      mesh: devices that share the clips (`flax_vae.make_mesh`).
+      chunk: frames to compute at a time; None is all of them.
+
+    Raises:
+      ValueError: the mesh does not divide the clips evenly, or time and chunks at once.
     """
     check_clip(vae, mesh, video.shape[:4], chunk)
     return _compute(vae, type(vae).encode_chunk, video, mesh, chunk)
 
 
 def decode(vae: VideoVAE, latents: Latents, mesh: Mesh, chunk: int | None = None) -> Video:
-    """Decodes latents (B, t, h, w, z) on a mesh to what `vae.decode` returns, `chunk` latents at a time.
+    """Decodes latents (B, t, h, w, z) on a mesh; returns what `vae.decode` returns.
 
-    Raises ValueError where the mesh does not divide them evenly.
+    Arguments and errors are those of `encode`; `chunk` counts latents.
     """
     frames, height, width, _ = vae.config.video_shape(*latents.shape[1:4])
     check_clip(vae, mesh, (latents.shape[0], frames, height, width), chunk and vae.config.chunk_frames(chunk))
     return _compute(vae, type(vae).decode_chunk, latents, mesh, chunk)
 
 
-def lower_encode(
-    vae: VideoVAE, mesh: Mesh, shape: Sequence[int], chunk: int | None = None, dtype: Any = jnp.float32
+def lower(
+    job: Literal["encode", "decode"],
+    vae: VideoVAE,
+    mesh: Mesh,
+    shape: Sequence[int],
+    chunk: int | None = None,
+    dtype: Any = jnp.float32,
 ) -> jax.stages.Lowered:
-    """Lowers the program that encodes clips of a shape (B, T, H, W) in pixels, `chunk` frames at a time."""
-    check_clip(vae, mesh, shape, chunk)
-    parts = abstract_parts((*shape, vae.config.pixel_channels), mesh, dtype)
-    return _lower(vae, type(vae).encode_chunk, parts, mesh, chunk)
+    """Lowers the program that encodes clips of a shape (B, T, H, W) in pixels, or decodes to them.
 
-
-def lower_decode(
-    vae: VideoVAE, mesh: Mesh, shape: Sequence[int], chunk: int | None = None, dtype: Any = jnp.float32
-) -> jax.stages.Lowered:
-    """Lowers the program that decodes to clips of a shape (B, T, H, W) in pixels, `chunk` frames at a time."""
+    The model may be abstract, `dtype` is that of pixels or latents, and `chunk` counts frames. Errors are `encode`'s.
+    """
     check_clip(vae, mesh, shape, chunk)
-    parts = abstract_parts((shape[0], *vae.config.latent_shape(*shape[1:])), mesh, dtype)
-    return _lower(vae, type(vae).decode_chunk, parts, mesh, chunk and chunk // vae.config.temporal_factor)
+    config = vae.config
+    if job == "encode":
+        step, clip = type(vae).encode_chunk, (*shape, config.pixel_channels)
+    else:
+        step, clip = type(vae).decode_chunk, (shape[0], *config.latent_shape(*shape[1:]))
+        chunk = chunk and chunk // config.temporal_factor
+    structure, state = nnx.split(vae)
+    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(mesh)), state)
+    return _run.lower(structure, step, mesh, chunk, state, abstract_parts(clip, mesh, dtype))
 
 
 def check_clip(vae: VideoVAE, mesh: Mesh, shape: Sequence[int], chunk: int | None) -> None:
@@ -70,12 +81,6 @@ def check_clip(vae: VideoVAE, mesh: Mesh, shape: Sequence[int], chunk: int | Non
 def _compute(vae, step, clip, mesh, chunk):
     structure, state = nnx.split(vae)
     return join_parts(_run(structure, step, mesh, chunk, replicate(state, mesh), shard(clip, mesh)))
-
-
-def _lower(vae, step, parts: Parts, mesh, chunk):
-    structure, state = nnx.split(vae)
-    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(mesh)), state)
-    return _run.lower(structure, step, mesh, chunk, state, parts)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))

@@ -18,14 +18,14 @@ from jax.sharding import Mesh
 from numpy.typing import ArrayLike
 
 from flax_vae.models.config import ExtraFrames, VAEConfig
-from flax_vae.models.vae import VideoVAE, fit_frames
+from flax_vae.models.vae import fit_frames
 from flax_vae.runtime.parallel import replicate, run_step, shard_step
 
-Step = Callable[[Any, Any], tuple[Any, Any]]
+Step = Callable[[Any, Any], tuple[Any, Any]]  # (clip or chunk, carry) -> (result, carry)
 
 
 def encode(
-    vae: VideoVAE,
+    vae: Any,
     chunks: Iterable[ArrayLike],
     carry: Any = None,
     extra_frames: ExtraFrames = "error",
@@ -34,38 +34,39 @@ def encode(
     """Encodes a video of any length: yields the distribution of latents of every chunk, in order.
 
     Args:
-      vae: a model whose config says that it `streams`, such as `CausalVideoVAE`.
+      vae: a `VideoVAE` whose config says that it `streams`, or `LossyTiles` of one.
       chunks: (B, T, H, W, C), pixels in [-1, 1]; T = 8k + 1 at the start of the stream and 8k later on, for a
         temporal factor of 8. They are read as they are needed, at most one ahead of what is yielded; one and the same
-        numpy array may be filled anew for each.
-      carry: None at the start of a stream, or the `carry` of a stream to go on from.
+        numpy array may be refilled for each.
+      carry: None at the start of a stream, or the `carry` of a stream to continue.
       extra_frames: for a last chunk of another length: "error" raises ValueError, "pad" repeats its last frame, "trim"
         leaves out the frames that do not complete a latent.
       mesh: devices that share each chunk (`flax_vae.make_mesh`); they must divide its rows, columns and latents.
+
+    Raises:
+      ValueError: the model cannot be computed in chunks; when iterated, a chunk without whole latents.
     """
     step = compiled(vae.encode_chunk, mesh)
     return Stream(step, fitted(chunks, vae.config, extra_frames, carry is None), carry)
 
 
-def decode(vae: VideoVAE, chunks: Iterable[ArrayLike], carry: Any = None, mesh: Mesh | None = None) -> Stream:
+def decode(vae: Any, chunks: Iterable[ArrayLike], carry: Any = None, mesh: Mesh | None = None) -> Stream:
     """Decodes latents of any length: yields the frames (B, T, H, W, C) of every chunk (B, t, h, w, z), in order.
 
-    `chunks` have one latent or more each, and are read as they are needed, at most one ahead of what is yielded.
-    `carry` is None at the start of a stream, or the `carry` of a stream to go on from; the devices of a `mesh` share
-    each chunk.
+    A chunk has one latent or more. The other arguments, and what is read when, are as in `encode`.
     """
     vae.config.checked_chunk(vae.config.temporal_factor)
     return Stream(compiled(vae.decode_chunk, mesh), chunks, carry)
 
 
 class Stream(Iterator):
-    """The results of a step for a sequence of chunks, one after the other.
+    """Iterates over the results of a step for a sequence of chunks.
 
-    `carry` is the state of the stream after the result that was last given: a pytree, with which this stream can be
-    gone on with at any time, in another process too, to the same bits (`flax_vae.io.trees` writes and reads it).
+    `carry` is the state of the stream after the result that was yielded last: a pytree from which the stream can be
+    continued at any time, in another process too, to the same bits (`flax_vae.io.trees` writes and reads it).
 
-    The device is kept busy: the next chunk is read, and its computation begun, before a result is given, so that
-    reading and writing happen while the device computes. An error in reading comes after the results before it.
+    The next chunk is read and dispatched to the device before a result is yielded: the device computes while the caller
+    reads and writes. An error in reading a chunk is raised after the results of the chunks before it.
     """
 
     def __init__(self, step: Step, chunks: Iterable, carry: Any = None):
@@ -81,14 +82,14 @@ def _one_ahead(step, chunks, carry):
     before = ()
     try:
         for chunk in chunks:
-            # A program may read a numpy array where it lies, after its call returned and the reader has refilled it.
+            # jax may alias a numpy array, and read it after the call returned and the reader has refilled it
             chunk = chunk.copy() if isinstance(chunk, np.ndarray) else chunk
             after = step(chunk, carry)
             carry = after[1]
             del chunk
             yield from before
             before = (after,)
-    except Exception:  # in reading or computing the next one; this one is whole
+    except Exception:  # in reading or computing the next chunk; the result before it is whole
         yield from before
         raise
     yield from before
@@ -97,7 +98,7 @@ def _one_ahead(step, chunks, carry):
 def compiled(method: Step, mesh: Mesh | None = None) -> Compiled:
     """Compiles a step that is a method of an nnx module, once for every shape of chunk, with the weights as they are.
 
-    Modules of one structure share what is compiled. The devices of a `mesh` share each chunk.
+    Modules of one structure share the programs. The devices of a `mesh` share each chunk.
     """
     structure, state = nnx.split(method.__self__)
     state = state if mesh is None else replicate(state, mesh)
@@ -107,25 +108,20 @@ def compiled(method: Step, mesh: Mesh | None = None) -> Compiled:
 class Compiled(functools.partial):
     """A step that is compiled when it is first called with chunks of a shape, or ahead of that."""
 
-    @property
-    def mesh(self) -> Mesh | None:
-        """The devices that share each chunk."""
-        return self.args[1]
-
     def __call__(self, chunk: Any, carry: Any) -> tuple[Any, Any]:
         """Runs the step."""
         return self.func(*self.args, *self._sharded(chunk, carry))
 
     def trace(self, chunk: Any, carry: Any) -> jax.stages.Traced:
-        """Traces the program for a chunk and a carry, or for shapes in their place, to be inspected and compiled."""
+        """Traces the program for a chunk and a carry, or for their shapes, to be inspected and compiled."""
         return self.func.trace(*self.args, *self._sharded(chunk, carry))
 
     def _sharded(self, chunk: Any, carry: Any) -> tuple[Any, Any]:
-        return (chunk, carry) if self.mesh is None else shard_step(chunk, carry, self.mesh)
+        return (chunk, carry) if self.args[1] is None else shard_step(chunk, carry, self.args[1])  # [1]: the mesh
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _call(function, mesh, structure, state, chunk, carry):  # weights inside the program would be compiled as constants
+def _call(function, mesh, structure, state, chunk, carry):  # weights in a closure would be compiled as constants
     module = nnx.merge(structure, state)
     return function(module, chunk, carry) if mesh is None else run_step(module, function, chunk, carry, mesh)
 
@@ -133,9 +129,10 @@ def _call(function, mesh, structure, state, chunk, carry):  # weights inside the
 def fitted(
     chunks: Iterable[ArrayLike], config: VAEConfig, extra_frames: ExtraFrames, start: bool = True
 ) -> Iterator[ArrayLike]:
-    """Yields chunks (B, T, ...) of whole latents, the first as at the start of a stream if it is one.
+    """Yields chunks (B, T, ...) of whole latents: the last one padded or trimmed, chunks without frames left out.
 
-    Raises ValueError where another than the last one holds no whole latents, or a stream starts with no frame.
+    With `start` the first chunk is that of a stream. Raises ValueError where another chunk than the last has no whole
+    latents, or a stream starts without a frame.
     """
     config.checked_chunk(config.temporal_factor)
     chunks, starts = iter(chunks), itertools.chain([start], itertools.repeat(False))
@@ -151,21 +148,17 @@ def fitted(
             raise ValueError(f"a chunk that is not the last has {chunk.shape[1]} frames, expected {law}")
         return fit_frames(chunk, length)
 
-    return filter(lambda chunk: chunk.shape[1], map(fit, chunks, starts))  # which keep no chunk, as a loop would
+    # not a loop, whose variable would keep each chunk in memory while the caller computes with the next
+    return filter(lambda chunk: chunk.shape[1], map(fit, chunks, starts))
 
 
 def cut(frames: Iterable[ArrayLike], size: int, first: int = 1) -> Iterator[np.ndarray]:
-    """Stacks frames to chunks: the first of `first` frames, later ones of `size`, the last of what is left.
+    """Stacks frames, or latent frames, to chunks of `first` frames, then of `size`; the last has those that are left.
 
-    With a `size` that is a multiple of the model's temporal factor every chunk but the last gives whole latents.
-    Latent frames are cut the same way. Raises ValueError for a size below 1.
+    A `size` that is a multiple of the model's temporal factor makes whole latents. Raises ValueError for one below 1.
     """
     if min(size, first) < 1:
         raise ValueError(f"a chunk needs at least 1 frame, got size={size}, first={first}")
-    return _cut(iter(frames), size, first)
-
-
-def _cut(frames, size, first):
-    for frame in frames:
-        yield np.stack([frame, *itertools.islice(frames, first - 1)])
-        first = size
+    frames, lengths = iter(frames), itertools.chain([first], itertools.repeat(size))
+    chunks = (list(itertools.islice(frames, length)) for length in lengths)
+    return map(np.stack, itertools.takewhile(len, chunks))

@@ -1,6 +1,4 @@
-"""What a training run has made: its averaged weights, as a model."""
-
-from __future__ import annotations
+"""The result of a training run: the ema of its weights, as a model."""
 
 from pathlib import Path
 from typing import Literal
@@ -21,10 +19,18 @@ MODEL = "model.json"  # the model's config, in the folder of a run
 def averaged(
     folder: PathLike, step: Literal["newest", "best"] | int = "newest", dtype: DTypeLike = jnp.float32
 ) -> tuple[VideoVAE, int]:
-    """Loads the averaged weights of a run, cast to `dtype`; returns the model and the step that they are from.
+    """Loads the ema of a run's weights as a model; the run may still go on.
 
-    "best" is the checkpoint with the highest PSNR of the clips that the run shows. The run may still go on. Raises
-    FileNotFoundError where there is no such run or checkpoint.
+    Args:
+      folder: of the run.
+      step: of a checkpoint; "best" is the one with the highest PSNR of the clips that the run shows.
+      dtype: that the weights are cast to.
+
+    Returns:
+      The model, and the step of its checkpoint.
+
+    Raises:
+      FileNotFoundError: there is no such run or checkpoint.
     """
     folder = Path(folder)
     if not (folder / MODEL).is_file():

@@ -1,11 +1,10 @@
-"""Checkpoints of a training run: each whole or not there at all; the newest ones and the best are kept."""
-
-from __future__ import annotations
+"""Checkpoints of a training run, each complete or absent; the newest ones and the best are kept."""
 
 import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +14,8 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 CHECKPOINTS = "checkpoints"  # in the folder of a run
 QUALITY, STATE = "psnr", "state"
-UNKNOWN = -math.inf
-SAVED_AS = {"ema": "average", "ema_logits": "usual_logits"}  # fields of a state whose names on disk are older
+UNKNOWN_QUALITY = -math.inf
+SAVED_AS = {"ema": "average", "ema_logits": "usual_logits"}  # fields of a state that had other names, kept on disk
 
 
 class Checkpoints:
@@ -24,46 +23,52 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int):
         self._folder = folder
+        quality_of = itemgetter(QUALITY)
         kept = AnyPreservationPolicy([LatestN(keep), BestN(get_metric_fn=quality_of, n=1)])
         options = ocp.CheckpointManagerOptions(preservation_policy=kept, best_fn=quality_of)
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def close(self) -> None:
-        """Waits until what was begun is written; raises its error."""
+        """Waits until all writes are done; raises their error."""
         with self._named():
             self._manager.close()
 
-    def save(self, step: int, state: Any, quality: float = UNKNOWN) -> None:
-        """Begins to write a state; an error of the write before this one is raised here.
+    def save(self, step: int, state: Any, quality: float = UNKNOWN_QUALITY) -> None:
+        """Starts to write a state, and raises the error of the write before.
 
-        `quality` is a PSNR in dB, by which the best one is kept; one of unknown quality is no better than any other.
+        Args:
+          step: batches so far.
+          state: a pytree of arrays.
+          quality: PSNR in dB, by which the best one is kept; one of unknown quality is no better than any other.
+
+        Raises:
+          OSError: the write before this one failed.
         """
         args = ocp.args.Composite(state=ocp.args.StandardSave(named_leaves(state)))
         with self._named():
             self._manager.save(step, args=args, metrics={QUALITY: quality}, force=True)
 
     def wait(self) -> None:
-        """Waits until what was begun is written; raises its error."""
+        """Waits until all writes are done; raises their error."""
         with self._named():
             self._manager.wait_until_finished()
 
     @contextmanager
     def _named(self) -> Iterator[None]:
-        """Has errors of a write say what they mean; tensorstore's are of several kinds, and pages long."""
+        """Raises errors of a write as one OSError; tensorstore's are of several classes, and pages long."""
         try:
             yield
         except Exception as error:
             reason = str(error).split(" [")[0]
-            raise OSError(
-                f"{self._folder}: a checkpoint could not be written; those before it are whole ({reason})"
-            ) from error
+            failed = f"{self._folder}: a checkpoint could not be written; those before it are whole ({reason})"
+            raise OSError(failed) from error
 
     def newest(self) -> int | None:
-        """Gives the step of the newest checkpoint, None where there is none."""
+        """Returns the step of the newest checkpoint, None where there is none."""
         return self._manager.latest_step()
 
     def restore(self, state: Any) -> Any:
-        """Reads the newest checkpoint in the shape of `state`; ValueError where it is of another."""
+        """Reads the newest checkpoint in the shapes and shardings of `state`; ValueError where it has others."""
         names = named_leaves(jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
         args = ocp.args.Composite(state=ocp.args.StandardRestore(names))
         restored = self._manager.restore(self.newest(), args=args)[STATE]
@@ -71,9 +76,15 @@ class Checkpoints:
 
 
 def restore_part(folder: Path, part: Any, step: Literal["newest", "best"] | int) -> tuple[Any, int]:
-    """Reads of a checkpoint what `part` names and nothing else, and gives its step; the run may go on meanwhile.
+    """Reads only the leaves of `part` from a checkpoint, and returns them with its step; the run may go on meanwhile.
 
-    Raises FileNotFoundError where there is no such one.
+    Args:
+      folder: of the checkpoints.
+      part: a pytree of shapes, whose leaves are named as in the state.
+      step: of the checkpoint; "best" is the one with the highest PSNR.
+
+    Raises:
+      FileNotFoundError: there is no such checkpoint.
     """
     qualities = qualities_in(folder)
     choices: dict[Any, int | None] = {
@@ -86,21 +97,15 @@ def restore_part(folder: Path, part: Any, step: Literal["newest", "best"] | int)
     names = named_leaves(part)
     restore_args = ocp.checkpoint_utils.construct_restore_args(names)
     args = ocp.args.PyTreeRestore(names, restore_args=restore_args, partial_restore=True)
-    restored = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(
-        folder.absolute() / str(number) / STATE, args=args
-    )
+    path = folder.absolute() / str(number) / STATE
+    restored = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(path, args=args)
     return jax.tree.unflatten(jax.tree.structure(part), [restored[name] for name in names]), number
 
 
 def qualities_in(folder: Path) -> dict[int, float]:
-    """Gives the steps of all whole checkpoints, which alone have a number for a name, and the PSNR of each."""
+    """Returns the PSNR of each complete checkpoint by its step; only the folders of these have a number for a name."""
     steps = sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
     return {step: json.loads((folder / str(step) / "metrics" / "metrics").read_text())[QUALITY] for step in steps}
-
-
-def quality_of(metrics: dict[str, float]) -> float:
-    """Gives that by which checkpoints are compared."""
-    return metrics[QUALITY]
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:

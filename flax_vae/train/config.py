@@ -1,6 +1,4 @@
-"""Everything that a training run is decided by, and the presets."""
-
-from __future__ import annotations
+"""All settings of a training run, which `flax-vae train` shows by their docstrings, and the presets."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -17,7 +15,7 @@ Precision = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class ClipConfig:
-    """What is drawn from the data: clips and images, at random places and moments."""
+    """What is drawn from the data: clips and images, from random crops and moments."""
 
     frames: int = 17
     """frames of a clip, as many as make whole latents: 8k + 1 for Pyramid-Flow"""
@@ -57,12 +55,12 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class GanConfig:
-    """The discriminator, and how much of its judgement counts."""
+    """The discriminator, and the weight of its loss."""
 
     kind: Gans = "frames"
-    """what it judges: frames, each by itself, or clips, in causal convolutions"""
+    """what it sees: frames, each by itself, or clips, in causal convolutions"""
     init: str | None = None
-    """checkpoint of one that judges frames to start from, also a training checkpoint with the VAE, in place of random
+    """checkpoint of one that sees frames to start from, also a training checkpoint with the VAE, in place of random
     weights"""
     start: int = 0
     """the step from which on it takes part"""
@@ -74,7 +72,7 @@ class GanConfig:
     """weight of the regularizer"""
 
     def takes_part(self, step: int) -> bool:
-        """Tells whether there is a discriminator and it is its time."""
+        """Whether a step trains with the discriminator."""
         return self.kind != "none" and step >= self.start
 
 
@@ -99,7 +97,7 @@ class OptimizerConfig:
     accumulate: int = 1
     """batches whose gradients are averaged for a step of the optimizer"""
     ema: float = 0.999
-    """share that the moving average of the weights keeps at each step"""
+    """share that the exponential moving average of the weights keeps at each step"""
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,7 @@ class TrainConfig:
     precision: Precision = "bfloat16"
     """what is computed in; weights are float32"""
     remat: bool = True
-    """compute activations a second time for the gradient, and save their memory"""
+    """recompute activations for the gradient, and save their memory"""
     frame_by_frame: bool = False
     """compute each block one frame after the other: the same gradients in less memory, for large frames"""
     chunk: int | None = None
@@ -159,7 +157,7 @@ PRESETS = {
 
 
 COUNTS = "steps save_every keep picture_every clips.batch clips.image_batch optimizer.accumulate loss.lpips_frames"
-RULES: list[tuple[str, str, Callable[[Any], bool]]] = [
+RULES: list[tuple[str, str, Callable[[Any], bool]]] = [  # setting, what it must be, whether it is
     *((name, "at least 1", lambda value: value >= 1) for name in [*COUNTS.split(), "clips.zoom"]),
     ("clips.fps", "above 0, or None", lambda value: value is None or value > 0),
     ("clips.images", "from 0 to 1", lambda value: 0 <= value <= 1),
@@ -170,16 +168,13 @@ RULES: list[tuple[str, str, Callable[[Any], bool]]] = [
     ("optimizer.ema", "from 0 to 1", lambda value: 0 <= value <= 1),
 ]
 
-
-# What runs of earlier versions call a setting, or what a setting had for a value.
-RENAMED = {"spread": "init_std"}
-RENAMED_MODELS = {
-    size: f"pyramid-flow{suffix}" for size, suffix in (("full", ""), ("small", "-small"), ("tiny", "-tiny"))
-}
+# Names and values in the config.json of runs that an earlier version began, and those of today
+RENAMED_SETTINGS = {"spread": "init_std"}
+RENAMED_MODELS = {"full": "pyramid-flow", "small": "pyramid-flow-small", "tiny": "pyramid-flow-tiny"}
 
 
 def check(config: TrainConfig, model: VAEConfig) -> None:
-    """Raises ValueError that lists all that a run of this model cannot have."""
+    """Raises ValueError that lists all settings that a run of this model cannot have."""
     values = {name: attrgetter(name)(config) for name, *_ in RULES}
     wrong = [f"{name} is {values[name]}, expected {rule}" for name, rule, holds in RULES if not holds(values[name])]
     frames, size, chunk = config.clips.frames, config.clips.size, config.chunk
@@ -195,8 +190,8 @@ def check(config: TrainConfig, model: VAEConfig) -> None:
 
 
 def upgraded(settings: dict[str, Any]) -> dict[str, Any]:
-    """Returns the settings of a run, as its config.json holds them, in the names of today."""
-    settings = {RENAMED.get(name, name): value for name, value in settings.items()}
-    if settings.get("model") in RENAMED_MODELS:
-        settings["model"] = RENAMED_MODELS[settings["model"]]
+    """Returns the settings in a run's config.json by their names and values of today."""
+    settings = {RENAMED_SETTINGS.get(name, name): value for name, value in settings.items()}
+    if "model" in settings:
+        settings["model"] = RENAMED_MODELS.get(settings["model"], settings["model"])
     return settings

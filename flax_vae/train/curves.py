@@ -1,41 +1,38 @@
-"""Curves of a training run over its steps: every value a faint point, their running median a line."""
-
-from __future__ import annotations
+"""Curves of a training run by step: every value a faint point, their running median a line."""
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-    from flax_vae.train.history import History
+from flax_vae.train.history import History
 
 BLUE, GREEN, RUST, PURPLE, GREY = "#1f5fa8", "#2c8259", "#a8501f", "#6b4a9c", "#5c6670"
-TRAINED, SHOWN, MARKED = BLUE, RUST, "#c0392b"
-POINTS, EXTREMES = 1500, 20  # of a curve that are drawn: in even steps, and beyond these
-PLACES, REACH = 200, 40  # where medians are taken at most; over which part of all values, to both sides
-WIDE = 5  # values whose greatest is less than so many times their least are drawn on a linear scale
+BATCH_COLOUR, SHOWN_COLOUR, SKIPPED_COLOUR = BLUE, RUST, "#c0392b"
+MAX_POINTS, EXTREMES = 1500, 20  # points of a curve: evenly spaced ones, and the least and greatest beyond these
+MAX_MEDIANS, WINDOWS = 200, 40  # points of a line; windows that would cover the curve, each of half the median's width
+LOG_RATIO = 5  # of the greatest to the least value, from which on a scale is logarithmic
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A plot of some columns of the metrics, each with its label and colour; `is_wide` may want a log scale."""
+    """A plot of columns of the metrics, each with its label and colour; `may_be_log` allows a logarithmic scale."""
 
     title: str
     curves: tuple[tuple[str, str, str], ...]
-    is_wide: bool = False
+    may_be_log: bool = False
     bottom: float | None = None
     top: float | None = None
     cells: int = 1
 
 
 PANELS = (
-    Panel("PSNR, dB", (("psnr", "training batches", TRAINED),), cells=2),
-    Panel("reconstruction", (("mse", "MSE", BLUE), ("l1", "L1", GREEN), ("lpips", "LPIPS", RUST)), is_wide=True),
-    Panel("KL", (("kl", "", PURPLE),), is_wide=True),
+    Panel("PSNR, dB", (("psnr", "training batches", BATCH_COLOUR),), cells=2),
+    Panel("reconstruction", (("mse", "MSE", BLUE), ("l1", "L1", GREEN), ("lpips", "LPIPS", RUST)), may_be_log=True),
+    Panel("KL", (("kl", "", PURPLE),), may_be_log=True),
     Panel(
         "GAN losses",
         (
@@ -46,9 +43,9 @@ PANELS = (
         ),
     ),
     Panel("logits", (("logits_real", "clips", GREEN), ("logits_fake", "reconstructions", RUST))),
-    Panel("weight of the GAN", (("gan_weight", "", PURPLE),), is_wide=True),
-    Panel("gradient norm, discriminator", (("discriminator_gradient_norm", "", RUST),), is_wide=True),
-    Panel("gradient norm", (("gradient_norm", "", BLUE),), is_wide=True),
+    Panel("weight of the GAN", (("gan_weight", "", PURPLE),), may_be_log=True),
+    Panel("gradient norm, discriminator", (("discriminator_gradient_norm", "", RUST),), may_be_log=True),
+    Panel("gradient norm", (("gradient_norm", "", BLUE),), may_be_log=True),
     Panel("learning rate", (("learning_rate", "", GREEN),), bottom=0),
     Panel("frames per second", (("frames_per_second", "", GREY),), bottom=0),
     Panel("time spent waiting for data", (("waited", "", GREY),), bottom=0, top=1),
@@ -56,66 +53,63 @@ PANELS = (
 
 
 def panels_with_data(history: History) -> list[Panel]:
-    """Lists the panels that have something to show."""
+    """Returns the panels that have something to show."""
     there = {name for name, values in history.metrics.items() if np.isfinite(values).any()}
-    there |= {"psnr"} if history.kept else set()
+    there |= {"psnr"} if history.snapshots else set()
     return [panel for panel in PANELS if there & {name for name, _, _ in panel.curves}]
 
 
 def draw_panel(axes: Axes, panel: Panel, history: History) -> None:
-    """Draws the curves of a panel, the PSNR of shown clips among the PSNRs, and a mark for every skipped step."""
+    """Draws the curves of a panel, with the PSNR the snapshots' too, and a mark for every skipped step."""
     lines, points = [], []
     for name, label, colour in panel.curves:
         values = history.metrics.get(name, np.zeros(0))
         if np.isfinite(values).any():
             points.append(values)
             lines.append(draw_curve(axes, history.steps, values, label, colour))
-    if panel.curves[0][0] == "psnr" and history.kept:
-        lines.append(np.array([one.psnr for one in history.kept]))
-        steps = [one.step for one in history.kept]
-        axes.plot(steps, lines[-1], color=SHOWN, linewidth=1.6, marker="o", markersize=3.5, label="clips above")
+    if panel.curves[0][0] == "psnr" and history.snapshots:
+        steps, shown = zip(*((snapshot.step, snapshot.psnr) for snapshot in history.snapshots), strict=True)
+        axes.plot(steps, shown, color=SHOWN_COLOUR, linewidth=1.6, marker="o", markersize=3.5, label="clips above")
+        lines.append(np.array(shown))
     scale_values(axes, panel, np.concatenate(lines), np.concatenate([*points, *lines]))
     scale_steps(axes, panel, history)
-    name_curves(axes)
+    label_curves(axes)
 
 
 def draw_curve(axes: Axes, steps: np.ndarray, values: np.ndarray, label: str, colour: str) -> np.ndarray:
-    """Draws a column, and gives its line."""
-    chosen = thinned(values)
+    """Draws a column as points and its running median, which is returned."""
+    chosen = subsampled(values)
     sparse = 1 / math.sqrt(len(chosen))
     style: dict[str, Any] = {"alpha": np.clip(8 * sparse, 0.25, 0.6), "markersize": np.clip(30 * sparse, 1.3, 4)}
     axes.plot(steps[chosen], values[chosen], "o", color=colour, markeredgewidth=0, **style)
-    places, line = smoothed(values)
-    axes.plot(steps[places], line, color=colour, linewidth=1.6, label=label)
+    indices, line = running_median(values)
+    axes.plot(steps[indices], line, color=colour, linewidth=1.6, label=label)
     return line
 
 
-def thinned(values: np.ndarray) -> np.ndarray:
-    """Gives the places of the finite values; of many, so many in even steps, and the least and the greatest."""
+def subsampled(values: np.ndarray) -> np.ndarray:
+    """Returns the indices of the finite values; of many, evenly spaced ones, and those of the least and greatest."""
     finite = np.flatnonzero(np.isfinite(values))
-    if len(finite) <= POINTS:
+    if len(finite) <= MAX_POINTS:
         return finite
     by_size = finite[np.argsort(values[finite])]
-    return np.union1d(finite[:: len(finite) // POINTS], [*by_size[:EXTREMES], *by_size[-EXTREMES:]])
+    return np.union1d(finite[:: len(finite) // MAX_POINTS], [*by_size[:EXTREMES], *by_size[-EXTREMES:]])
 
 
-def smoothed(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Gives places, and the median of the finite values around each: of few at the start, where values fall fast."""
+def running_median(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns indices, and the median of the finite values around each."""
     finite = np.flatnonzero(np.isfinite(values))
-    reach = len(finite) // REACH
-    centres = np.unique(np.linspace(0, len(finite) - 1, min(PLACES, len(finite))).round().astype(int))
-    ends = centres + np.minimum(centres + reach // 10, reach) + 1
+    reach = len(finite) // WINDOWS
+    centres = np.unique(np.linspace(0, len(finite) - 1, min(MAX_MEDIANS, len(finite))).round().astype(int))
+    ends = centres + np.minimum(centres + reach // 10, reach) + 1  # narrower at the start, where values fall fast
     windows = [finite[max(centre - reach, 0) : end] for centre, end in zip(centres, ends, strict=True)]
     return finite[centres], np.array([np.median(values[window]) for window in windows])
 
 
 def scale_values(axes: Axes, panel: Panel, line: np.ndarray, points: np.ndarray) -> None:
-    """Chooses scale, limits and ticks, so that points far away from the line do not flatten it."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
-
+    """Sets scale, limits and ticks, such that outliers among the points do not flatten the line."""
     line, points = (values[np.isfinite(values)] for values in (line, points))
-    is_log = panel.is_wide and is_wide(points)
-    if is_log:
+    if panel.may_be_log and needs_log(points):
         low, high = limits(*(np.log10(values[values > 0]) for values in (line, points)), least=1)
         axes.set_yscale("log")
         axes.set_ylim(10**low, 10**high)
@@ -128,14 +122,14 @@ def scale_values(axes: Axes, panel: Panel, line: np.ndarray, points: np.ndarray)
     axes.yaxis.set_major_formatter(PercentFormatter(1) if panel.top == 1 else FuncFormatter(lambda y, _: f"{y:,g}"))
 
 
-def is_wide(points: np.ndarray) -> bool:
-    """Tells whether values need a log scale, and can have one."""
+def needs_log(points: np.ndarray) -> bool:
+    """Whether values span a wide range, all of it above zero."""
     low, high = np.quantile(points[points > 0], [0.01, 0.99]) if (points > 0).any() else (1, 1)
-    return high / low > WIDE and bool((points >= 0).all())
+    return high / low > LOG_RATIO and bool((points >= 0).all())
 
 
 def limits(line: np.ndarray, points: np.ndarray, least: float) -> tuple[float, float]:
-    """Gives the range of the line and of all points but those that are far from it and from most others, and room."""
+    """Returns the limits of an axis, `least` apart or more: the line, the points except outliers, and a margin."""
     most = [*np.quantile(points, [0.02, 0.98]), *line]
     low, high = min(most), max(most)
     reach = max(high - low, least) / 2 or 1.0
@@ -145,22 +139,20 @@ def limits(line: np.ndarray, points: np.ndarray, least: float) -> tuple[float, f
 
 
 def scale_steps(axes: Axes, panel: Panel, history: History) -> None:
-    """Has all panels begin at 0 and end at the last step, and marks those that were skipped."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    last = max([1, *history.steps[-1:], *(one.step for one in history.kept)])
+    """Has all panels begin at 0 and end at the last step, and marks skipped steps."""
+    last = max([1, *history.steps[-1:], *(snapshot.step for snapshot in history.snapshots)])
     axes.set_xlim(-0.015 * last, 1.015 * last)
     axes.xaxis.set_major_locator(MaxNLocator(4 * panel.cells, steps=[1, 2, 5, 10], integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
-    axes.vlines(history.skipped, 0, 0.05, color=MARKED, linewidth=0.8, transform=axes.get_xaxis_transform())
+    axes.vlines(history.skipped, 0, 0.05, color=SKIPPED_COLOUR, linewidth=0.8, transform=axes.get_xaxis_transform())
 
 
-def name_curves(axes: Axes) -> None:
-    """Names the curves, where there are several, in their colours."""
+def label_curves(axes: Axes) -> None:
+    """Adds the labels of curves, in their colours."""
     if not axes.get_legend_handles_labels()[1]:
         return
     style: dict[str, Any] = {"frameon": False, "fontsize": 8, "handlelength": 0, "handletextpad": 0, "columnspacing": 1}
-    place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2, "ncols": 4}
-    for handle in axes.legend(labelcolor="linecolor", **style, **place).legend_handles:
+    corner: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2, "ncols": 4}
+    for handle in axes.legend(labelcolor="linecolor", **style, **corner).legend_handles:
         if handle is not None:
             handle.set_visible(False)

@@ -1,9 +1,7 @@
-"""Discriminators, which tell patches of clips from those of reconstructions: B batch, T frames, H W pixels, C channels.
+"""Patch discriminators of clips and reconstructions: B batch, T frames, H W pixels, C channels.
 
-Both give logits (B, T', H', W', 1), high for what looks like a clip.
+Both return logits (B, T', H', W', 1), high for what looks like a clip.
 """
-
-from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -25,15 +23,15 @@ from flax_vae.layers.sequence import run_layers
 from flax_vae.ops.precision import accumulation_dtype
 
 WIDTHS = (64, 128, 256, 512)
-IN_TRAINING = re.compile(r"((?:module\.)*)loss\.discriminator\.")
-KERNEL = re.compile(r"(?:module\.)*main\.(\d+)\.weight")
+TRAINING_PREFIX = re.compile(r"((?:module\.)*)loss\.discriminator\.")
+KERNEL_NAME = re.compile(r"(?:module\.)*main\.(\d+)\.weight")
 
 
 class PatchDiscriminator(nnx.Module):
-    """Judges patches of every frame by itself (Isola et al. 2017); the public training's, whose keys it has.
+    """PatchGAN discriminator of single frames (Isola et al. 2017), with the keys of the public training's.
 
-    Convolutions 4x4, one for each of the `widths`, with stride 2 but for the last, and one to a logit; an instance norm
-    after all but the first and last.
+    4x4 convolutions, one for each of the `widths`, with stride 2 except for the last, and one to a logit; an instance
+    norm after all but the first and last.
     """
 
     def __init__(self, widths: Sequence[int] = WIDTHS, in_channels: int = 3, *, rngs: nnx.Rngs):
@@ -44,38 +42,38 @@ class PatchDiscriminator(nnx.Module):
         self.main = nnx.List([*layers, FrameConv(widths[-1], 1, 4, 1, 1, rngs=rngs)])
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_name: PathLike) -> PatchDiscriminator:
-        """Loads the discriminator of a checkpoint, with as many convolutions and as wide ones as its tensors show.
+    def from_pretrained(cls, path_or_hub_name: PathLike) -> "PatchDiscriminator":
+        """Loads the discriminator of a checkpoint, with the number and widths of convolutions that its tensors show.
 
         Its keys are main.0.weight and so on; in a training checkpoint, those under loss.discriminator. Raises
-        FileNotFoundError where there is no such checkpoint, ValueError for a damaged file or for tensors that are not
-        exactly those of a discriminator; all of them are listed.
+        FileNotFoundError where there is no such checkpoint, ValueError for a damaged file, and for tensors that are not
+        exactly those of a discriminator, with all of them listed.
         """
         source = open_checkpoint(path_or_hub_name)
         shapes = source.shapes()
-        names = [name for name in shapes if IN_TRAINING.match(name)] or list(shapes)
-        keys = {IN_TRAINING.sub(r"\1", name): name for name in names}
+        names = [name for name in shapes if TRAINING_PREFIX.match(name)] or list(shapes)
+        keys = {TRAINING_PREFIX.sub(r"\1", name): name for name in names}
         widths = kernel_widths({key: shapes[name] for key, name in keys.items()})
         module = nnx.eval_shape(lambda: cls(widths, rngs=nnx.Rngs(0)))
         port.load(module, Arrays({key: source.read(name) for key, name in keys.items()}))
         return module
 
     def __call__(self, x: Clip) -> Clip:
-        """Judges (B, T, H, W, 3), pixels in [-1, 1]; ValueError for frames that are too small."""
+        """Returns the logits of (B, T, H, W, C), pixels in [-1, 1]; ValueError for frames that are too small."""
         for layer in self.main:
             x = layer(x)
         return x
 
     def chunk(self, x: Clip, carry=None):
-        """Judges the next frames of a stream; the carry is empty."""
+        """Returns the logits of the next frames of a stream, and the carry, which is empty."""
         return self(x), ()
 
 
 class CausalPatchDiscriminator(nnx.Module):
-    """Judges patches of space and time; no logit sees a later frame.
+    """Discriminator of patches in space and time, in causal convolutions: no logit sees a later frame.
 
-    Causal convolutions 3x3x3, one for each of the `widths` and one to a logit: all but the last of the widths halve
-    height and width, all of those but the first also time. A norm of each frame after all but the first and last.
+    3x3x3 convolutions, one for each of the `widths` and one to a logit: all but the last of the widths halve height and
+    width, all of those but the first also time. A norm of each frame after all but the first and last.
     """
 
     def __init__(self, widths: Sequence[int] = WIDTHS, num_groups: int = 32, in_channels: int = 3, *, rngs: nnx.Rngs):
@@ -89,11 +87,11 @@ class CausalPatchDiscriminator(nnx.Module):
         self.conv_out = CausalConv3d(widths[-1], 1, 3, rngs=rngs)
 
     def __call__(self, x: Clip) -> Clip:
-        """Judges (B, T, H, W, 3), pixels in [-1, 1]."""
+        """Returns the logits of (B, T, H, W, C), pixels in [-1, 1]."""
         return self.chunk(x)[0]
 
     def chunk(self, x: Clip, carry=None):
-        """Judges the next frames of a stream, a multiple of 4 after its first; returns the logits and the carry."""
+        """Returns the logits of the next frames of a stream, a multiple of 4 after its first, and the carry."""
         norms = [lambda x: x, *self.norms]
         layers = [
             partial(conv_norm_relu, conv, norm) for conv, norm in zip([self.conv_in, *self.convs], norms, strict=True)
@@ -102,21 +100,21 @@ class CausalPatchDiscriminator(nnx.Module):
 
 
 def conv_norm_relu(conv: CausalConv3d, norm: Callable[[Clip], Clip], x: Clip, carry=None):
-    """Convolves, normalises and activates; returns the result and the carry."""
+    """Applies a convolution, a norm and leaky ReLU; returns the result and the carry."""
     y, carry = conv(x, carry)
     return leaky_relu(norm(y)), carry
 
 
 class LeakyRelu(nnx.Module):
-    """Applies `leaky_relu`; a module only because the public checkpoints count it among the layers."""
+    """Leaky ReLU; a module only because the public checkpoints count it among the layers."""
 
     def __call__(self, x: Clip) -> Array:
-        """Keeps the shape."""
+        """Keeps the shape of x."""
         return leaky_relu(x)
 
 
 class InstanceNorm(nnx.Module):
-    """Brings every channel of every frame to mean 0 and variance 1; eps 1e-5, no parameters."""
+    """Normalises every channel of every frame to mean 0 and variance 1; eps 1e-5, no parameters."""
 
     def __call__(self, x: Clip) -> Array:
         """Keeps the shape (B, T, H, W, C)."""
@@ -127,14 +125,14 @@ class InstanceNorm(nnx.Module):
 
 
 def kernel_widths(shapes: Mapping[str, Spec]) -> list[int]:
-    """Gives the channels that come out of each convolution but the last; ValueError where there are none."""
-    places = {int(found[1]): shape for key, (shape, _) in shapes.items() if (found := KERNEL.fullmatch(key))}
-    widths = [places[place][0] for place in sorted(places) if len(places[place]) == 4][:-1]
+    """Returns the output channels of each convolution but the last; ValueError where there are none."""
+    kernels = {int(found[1]): shape for key, (shape, _) in shapes.items() if (found := KERNEL_NAME.fullmatch(key))}
+    widths = [kernels[index][0] for index in sorted(kernels) if len(kernels[index]) == 4][:-1]
     if min(widths, default=0) < 1:
         raise ValueError(f"no discriminator, whose kernels would be main.0.weight and so on, among {[*shapes][:9]}")
     return widths
 
 
 def leaky_relu(x: Clip) -> Array:
-    """Gives x, or a fifth of it where it is negative."""
+    """Returns x, or a fifth of it where it is negative."""
     return jax.nn.leaky_relu(x, 0.2)

@@ -1,8 +1,5 @@
-"""What the discriminator contributes to a step: its logits, its loss for the VAE, and its own update."""
+"""The discriminator's part of a training step: its logits, its loss for the VAE, and its own update."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from flax_vae.runtime.mesh import sharding
 from flax_vae.runtime.parallel import Parts, run_parts
 from flax_vae.train import losses
 from flax_vae.train.config import TrainConfig
@@ -25,26 +23,26 @@ LECAM_DECAY = 0.99  # of the moving averages of the logits
 
 
 def new_discriminator(config: TrainConfig, channels: int) -> nnx.Module:
-    """Builds the discriminator that a run asks for, of clips with so many channels, with random weights."""
+    """Builds the discriminator of a run with random weights, for clips with this number of channels."""
     return DISCRIMINATORS[config.gan.kind](in_channels=channels, rngs=nnx.Rngs(config.seed + 1))
 
 
 class DiscriminatorStep:
     """Trains a discriminator beside the VAE; holds nothing that changes.
 
-    Clips and reconstructions are in parts, as `runtime.parallel` splits them. `gather` makes weights that devices shard
-    those of every device.
+    Clips and reconstructions are in parts, as `runtime.parallel` splits them.
+
+    Args:
+      config: of the run.
+      discriminator: the one to start from.
+      optimizer: of its weights.
+      mesh: devices that share the work.
     """
 
     def __init__(
-        self,
-        config: TrainConfig,
-        discriminator: nnx.Module,
-        optimizer: optax.GradientTransformation,
-        gather: Callable[[Any], Any],
-        mesh: Mesh | None,
+        self, config: TrainConfig, discriminator: nnx.Module, optimizer: optax.GradientTransformation, mesh: Mesh | None
     ):
-        self.config, self.optimizer, self.gather, self.mesh = config, optimizer, gather, mesh
+        self.config, self.optimizer, self.mesh = config, optimizer, mesh
         self.dtype = jnp.dtype(config.precision)
         self.loss_dtype = np.promote_types(self.dtype, np.float32)
         self._class: Any = type(discriminator)
@@ -52,22 +50,18 @@ class DiscriminatorStep:
 
     def logits(self, parameters: Any, clips: Parts) -> Parts:
         """Returns the logits of clips, computed in the run's precision."""
-        discriminator = nnx.merge(self.structure, self.gather(cast(parameters, self.dtype)))
+        discriminator = nnx.merge(self.structure, computing(parameters, self.dtype, self.mesh))
         clips = tuple(clip.astype(self.dtype) for clip in clips)
-        return tuple(
-            part.astype(self.loss_dtype) for part in run_parts(discriminator, self._class.chunk, clips, self.mesh)
-        )
+        logits = run_parts(discriminator, self._class.chunk, clips, self.mesh)
+        return tuple(part.astype(self.loss_dtype) for part in logits)
 
     def generator_loss(self, parameters: Any, output: Parts) -> tuple[Array, Parts]:
-        """Returns what the VAE minimises against the discriminator, and its gradient by the reconstruction."""
-
-        def loss(output):
-            return losses.averaged(losses.hinge_generator, self.logits(parameters, output))
-
+        """Returns the VAE's loss against the discriminator, and its gradient by the reconstruction."""
+        loss = lambda output: losses.averaged(losses.hinge_generator, self.logits(parameters, output))  # noqa: E731
         return jax.value_and_grad(loss)(output)
 
     def update(self, state: Any, output: Parts, video: Parts) -> tuple[Any, dict[str, Array]]:
-        """Returns the state with the discriminator after its step, and its metrics."""
+        """Returns the `TrainState` with the discriminator after its step, and its metrics."""
         (_, (hinge, extra, *logits)), gradients = jax.value_and_grad(self._loss, has_aux=True)(
             state.discriminator, state.ema_logits, output, video
         )
@@ -100,6 +94,10 @@ def global_norm(gradients: Any) -> Float[Array, ""]:
     return jnp.sqrt(jnp.stack([jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(gradients)]).sum())
 
 
-def cast(parameters: Any, dtype: np.dtype) -> Any:
-    """Returns the parameters in another precision."""
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), parameters)
+def computing(parameters: Any, dtype: np.dtype, mesh: Mesh | None) -> Any:
+    """Returns parameters as they are computed with: cast to `dtype`, and on every device of the mesh.
+
+    Were they left sharded (FSDP), XLA would divide the channels of activations, and not the clips.
+    """
+    parameters = jax.tree.map(lambda leaf: leaf.astype(dtype), parameters)
+    return parameters if mesh is None else jax.lax.with_sharding_constraint(parameters, sharding(mesh))

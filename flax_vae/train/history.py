@@ -1,9 +1,8 @@
-"""What a training run leaves in its folder to be looked at: metrics as columns, and pictures of a few clips.
+"""What a training run leaves in its folder: metrics as columns, and snapshots of a few clips that it shows.
 
-A picture is pictures/{step}.png; what the report shows of it is pictures/frames/{step}.png and .json.
+The contact sheet of a snapshot is pictures/{step}.png; what the report shows of it is pictures/frames/{step}.png and
+.json.
 """
-
-from __future__ import annotations
 
 import json
 import math
@@ -24,13 +23,13 @@ from flax_vae.metrics.contact_sheet import contact_sheet
 from flax_vae.metrics.psnr import psnr
 from flax_vae.train.log import METRICS
 
-SHEET = 6  # frames of a contact sheet
+SHEET_FRAMES = 6  # of a contact sheet, at most
 PICTURES, FRAMES = "pictures", "pictures/frames"
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What was kept at a step: the PSNR of all shown frames in dB, how many clips, and the file with their frames."""
+class Snapshot:
+    """The state of a run at a step: PSNR of all shown frames in dB, number of clips, and the file of their frames."""
 
     step: int
     psnr: float
@@ -38,58 +37,63 @@ class Kept:
     path: Path
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
-        """Reads a frame of every clip, and its reconstruction, as uint8 (clips, H, W, 3) each."""
-        before, after = rearrange(
-            read_clip(self.path)[0], "(two h) (clips w) c -> two clips h w c", two=2, clips=self.clips
-        )
-        return before, after
+        """Returns a frame of every clip, and its reconstruction, as uint8 (clips, H, W, 3) each."""
+        rows = "(two h) (clips w) c -> two clips h w c"
+        clips, output = rearrange(read_clip(self.path)[0], rows, two=2, clips=self.clips)
+        return clips, output
 
 
 @dataclass(frozen=True)
 class History:
-    """All that a run's folder tells: its config, its metrics as columns with NaN where there is none, its pictures."""
+    """The contents of a run's folder: its config, its metrics as columns with NaN for missing values, its snapshots."""
 
     name: str
     config: dict[str, Any]
     metrics: dict[str, np.ndarray]
-    kept: list[Kept]
+    snapshots: list[Snapshot]
 
     @property
     def steps(self) -> np.ndarray:
-        """Gives the numbers of the steps: how many there had been before each."""
+        """The steps, each as the number of those before it."""
         return self.metrics.get("step", np.zeros(0))
 
     @property
     def skipped(self) -> np.ndarray:
-        """Gives the numbers of the steps that were skipped, as something in them was not finite."""
+        """The steps that were skipped, as something in them was not finite."""
         return self.steps[self.metrics.get("skipped", np.zeros(len(self.steps))) > 0]
 
 
-def keep_picture(folder: Path, step: int, shown: np.ndarray, again: np.ndarray) -> float:
-    """Draws clips beside their reconstructions, and keeps a frame of each for the report; gives the PSNR in dB.
+def save_snapshot(folder: Path, step: int, clips: np.ndarray, output: np.ndarray) -> float:
+    """Draws a contact sheet of clips and reconstructions, and keeps a frame of each; returns their PSNR in dB.
 
-    Both are floats in [-1, 1], (clips, T, H, W, 3); `folder` is the run's. The files of a step done twice are
-    replaced. Raises ValueError for NaN, as of damaged weights.
+    Args:
+      folder: of the run.
+      step: batches so far; files of the same step are replaced.
+      clips: floats in [-1, 1], (clips, T, H, W, 3).
+      output: their reconstructions.
+
+    Raises:
+      ValueError: there are NaN, as of damaged weights.
     """
     (folder / FRAMES).mkdir(parents=True, exist_ok=True)
-    before, after = to_uint8(shown), to_uint8(again)
-    quality = psnr(np.asarray(shown, np.float32), np.clip(np.asarray(again, np.float32), -1, 1))
-    clips, frames = before.shape[:2]
-    places = np.linspace(0, frames - 1, min(frames, max(SHEET // clips, 1))).round().astype(int)
-    pair = [x[:SHEET, places].reshape(-1, *x.shape[2:]) for x in (before, after)]
-    heading = f"step {step:,}" + f", {clips} clips" * (clips > 1)
-    numbers = [int(place) for place in places] * min(clips, SHEET)
-    contact_sheet(folder / PICTURES / f"{step:08d}.png", pair[0], pair[1], heading, numbers, quality)
-    middle = rearrange([before[:, frames // 2], after[:, frames // 2]], "two clips h w c -> (two h) (clips w) c")
+    pair = to_uint8(clips), to_uint8(output)
+    quality = psnr(np.asarray(clips, np.float32), np.clip(np.asarray(output, np.float32), -1, 1))
+    count, frames = clips.shape[:2]
+    indices = np.linspace(0, frames - 1, min(frames, max(SHEET_FRAMES // count, 1))).round().astype(int)
+    before, after = (x[:SHEET_FRAMES, indices].reshape(-1, *x.shape[2:]) for x in pair)
+    heading = f"step {step:,}" + f", {count} clips" * (count > 1)
+    numbers = [int(index) for index in indices] * min(count, SHEET_FRAMES)
+    contact_sheet(folder / PICTURES / f"{step:08d}.png", before, after, heading, numbers, quality)
+    middle = rearrange([x[:, frames // 2] for x in pair], "two clips h w c -> (two h) (clips w) c")
     path = folder / FRAMES / f"{step:08d}.png"
     write_image(path, middle)
-    with replacing(path.with_suffix(".json")) as part:  # last: where it is, the others are
-        part.write_text(json.dumps({"step": step, "psnr": quality, "clips": clips}) + "\n", encoding="utf-8")
+    with replacing(path.with_suffix(".json")) as part:  # written last: where it is, the other files are complete
+        part.write_text(json.dumps({"step": step, "psnr": quality, "clips": count}) + "\n", encoding="utf-8")
     return quality
 
 
 def read_history(folder: Path) -> History:
-    """Reads what a run has left in its folder, which may still be written; what is missing is left out."""
+    """Reads the folder of a run, which may still go on; what is missing is left out."""
     config = folder / "config.json"
     metrics = read_columns(folder / METRICS)
     if "mse" in metrics:
@@ -99,15 +103,15 @@ def read_history(folder: Path) -> History:
         name=folder.absolute().name,
         config=json.loads(config.read_text(encoding="utf-8")) if config.exists() else {},
         metrics=metrics,
-        kept=[
-            Kept(**json.loads(path.read_text(encoding="utf-8")), path=path.with_suffix(".png"))
+        snapshots=[
+            Snapshot(**json.loads(path.read_text(encoding="utf-8")), path=path.with_suffix(".png"))
             for path in sorted((folder / FRAMES).glob("*.json"))
         ],
     )
 
 
 def read_columns(path: Path) -> dict[str, np.ndarray]:
-    """Reads JSON lines of numbers as a column a name, NaN where a line has none; not one that was cut off."""
+    """Reads JSON lines of numbers as columns by name, NaN where a line has none; a torn last line is left out."""
     columns: dict[str, array] = {}
     count = 0
     for count, line in enumerate(whole_lines(path), 1):

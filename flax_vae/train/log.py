@@ -1,6 +1,4 @@
-"""What a run has measured: a line of JSON a step, and the same for TensorBoard where tensorboardX is installed."""
-
-from __future__ import annotations
+"""The log of a run: a line of JSON a step, and the same for TensorBoard where tensorboardX is installed."""
 
 import contextlib
 import json
@@ -14,7 +12,7 @@ METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"  # in the folder of a run
 
 
 class MetricsLog:
-    """Appends a line a step in a folder; lines after the step that a run goes on from are removed first."""
+    """Appends a line a step to the metrics in a folder; lines from `step` on, where the run continues, are removed."""
 
     def __init__(self, folder: Path, step: int):
         path, kept = folder / METRICS, 0
@@ -37,7 +35,7 @@ class MetricsLog:
             self._board.close()
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes the line of a step, at once; what is not finite is null, as JSON has no word for it."""
+        """Writes the line of a step at once; what is not finite is null, as JSON has no word for it."""
         line = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"step": step, **line}).encode() + b"\n")
         self._file.flush()

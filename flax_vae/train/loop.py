@@ -1,9 +1,7 @@
-"""A training run in a folder: config.json, checkpoints, metrics.jsonl, broken.jsonl, pictures; it goes on by itself.
+"""A training run in a folder: config.json, checkpoints, metrics.jsonl, broken.jsonl, pictures.
 
-B batch, T frames, H W pixels.
+The same config continues it from its last checkpoint. B batch, T frames, H W pixels.
 """
-
-from __future__ import annotations
 
 import contextlib
 import dataclasses
@@ -31,27 +29,28 @@ from flax_vae.layers.sequence import Execution
 from flax_vae.metrics.lpips import LPIPS
 from flax_vae.models.config import VAEConfig
 from flax_vae.models.vae import VideoVAE
-from flax_vae.runtime.cluster import allgather, check_same, process, share_of
+from flax_vae.runtime.cluster import allgather, check_same, process
+from flax_vae.runtime.mesh import process_share
 from flax_vae.runtime.parallel import replicate
 from flax_vae.train.averaged import MODEL
-from flax_vae.train.checkpoints import CHECKPOINTS, UNKNOWN, Checkpoints
+from flax_vae.train.checkpoints import CHECKPOINTS, UNKNOWN_QUALITY, Checkpoints
 from flax_vae.train.config import TrainConfig, check, upgraded
 from flax_vae.train.data import batches, readers, rows_of
 from flax_vae.train.discriminator import PatchDiscriminator
-from flax_vae.train.history import keep_picture
+from flax_vae.train.history import save_snapshot
 from flax_vae.train.log import MetricsLog
 from flax_vae.train.step import Trainer
 
-SKIPPED = 5  # steps in a row that are not finite, after which the run goes back to its last checkpoint
-RETURNS = 3  # how often it may go back without a good step between
-PICTURES = 2  # clips that are looked at while training
+MAX_SKIPPED = 5  # steps in a row that are not finite, after which the run goes back to its last checkpoint
+MAX_RETURNS = 3  # to a checkpoint, without a finite step between them
+SHOWN_CLIPS = 2  # in pictures
 CONFIG, BROKEN = "config.json", "broken.jsonl"
 LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Record:
-    """What one step has measured, and what it took: seconds in all, and of them those spent waiting for data."""
+    """The metrics of a step, its frames, and its time: seconds in all, and of these those spent waiting for data."""
 
     step: int
     metrics: dict[str, float]
@@ -67,13 +66,22 @@ class Record:
 
 
 class Run:
-    """A run in the folder `out`: begun there, or gone on with where its last checkpoint is.
+    """A run in the folder `out`, new or continued from its last checkpoint.
 
-    `with Run(config, source, out) as run: for record in run.steps(): ...`, then `run.save()`. To stop is to leave the
-    loop. Raises ValueError where the folder holds a run of another config, or another process is at it, or there is
-    nothing to train on. The devices of a `mesh` share the work, with `fsdp` those of `data` also the weights; a run may
-    go on with another mesh than it was begun with. In a cluster every process makes the same `Run`, on a mesh of all
-    devices, and reads its own clips of every batch; the first one writes what is not a checkpoint.
+    `with Run(config, source, out) as run: for record in run.steps(): ...`, then `run.save()`; leaving the loop stops
+    the run. In a cluster every process makes the same `Run`, on a mesh of all devices, and reads its own clips of every
+    batch; process 0 writes everything but the checkpoints, which all write.
+
+    Args:
+      config: the settings.
+      source: a folder of clips, or a manifest.
+      out: the folder of the run.
+      mesh: devices that share the work; a run may continue on another mesh.
+      fsdp: whether the devices of `data` shard the weights too.
+
+    Raises:
+      ValueError: the folder holds a run of another config or is in use, the config or the mesh is not possible, or
+        there is nothing to train on.
     """
 
     def __init__(
@@ -81,17 +89,18 @@ class Run:
     ):
         self.config, self.source, self.out = config, Path(source), Path(out)
         self.mesh, self.fsdp = mesh, fsdp
-        self.share = share_of(mesh)
+        self.share = process_share(mesh)
         self.is_first = process()[0] == 0
         self.broken = self.out / (BROKEN if self.is_first else BROKEN.replace(".", f"-{process()[0]}."))
         check(config, model_config(config))
         if self.out.absolute().is_relative_to(self.source.absolute()):
             raise ValueError(f"{out}: lies in the data; train into another folder")
         self.entries = read_entries(source)
-        check_shares(config, self.share)
+        for batch in (config.clips.batch, config.clips.image_batch):
+            rows_of(batch, self.share)  # raises where the processes cannot share it
         check_same((self.settings, [entry.path for entry in self.entries]), "config and clips")
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> "Run":
         self.out.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             if self.is_first:
@@ -106,7 +115,7 @@ class Run:
 
     def _begin(self, stack: contextlib.ExitStack) -> None:
         check_config(self.out / CONFIG, self.settings)
-        self._look_at_data()
+        self._draw_shown_clips()
         lpips = LPIPS.from_pretrained() if self.config.loss.lpips else None
         vae = first_model(self.config)
         given = self.config.gan.init
@@ -130,16 +139,16 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that decides over the run."""
+        """Everything that determines the run, as config.json holds it."""
         return {**dataclasses.asdict(self.config), "source": str(self.source.absolute())}
 
     @property
     def step(self) -> int:
-        """Batches so far."""
+        """Number of batches so far."""
         return int(self.state.step)
 
     def steps(self) -> Iterator[Record]:
-        """Trains to the last step and yields what each has measured; saves and draws as often as the config says."""
+        """Trains to the last step, yields the record of each, and saves and draws as often as the config says."""
         data = batches(self.entries, self.config.clips, self.config.seed, self.step, self.broken, share=self.share)
         returns = 0
         for step in range(self.step, self.config.steps):
@@ -156,37 +165,35 @@ class Run:
             yield record
             returns = self._after(step + 1, values, returns)
 
-    def save(self, quality: float = UNKNOWN) -> None:
-        """Begins to write a checkpoint of the state as it is, if there is none yet."""
+    def save(self, quality: float = UNKNOWN_QUALITY) -> None:
+        """Starts to write a checkpoint of the current state, unless there is one; `quality` is a PSNR in dB."""
         if self._saved != self.step:
             self.checkpoints.save(self.step, self.state, quality)
             self._saved = self.step
 
     def _after(self, done: int, values: dict[str, float], returns: int) -> int:
-        """Goes back where it must; saves and draws where it is time. Gives how often the run has gone back in a row."""
-        if values["skipped"] >= SKIPPED:
-            if returns == RETURNS:
+        """Goes back to a checkpoint, saves or draws where it is time; returns the number of returns in a row."""
+        if values["skipped"] >= MAX_SKIPPED:
+            if returns == MAX_RETURNS:
                 raise ValueError(f"{self.out}: losses are not finite; lower the learning rate, or use float32")
             self._go_back()
             return returns + 1
         is_shown = done % self.config.picture_every == 0 or done == self.config.steps
         if is_shown or done % self.config.save_every == 0:
-            self.save(self.draw() if is_shown else UNKNOWN)
+            self.save(self.draw() if is_shown else UNKNOWN_QUALITY)
         return 0 if values["skipped"] == 0 else returns
 
     def _go_back(self) -> None:
-        """Takes all but the place in the data from the last checkpoint."""
+        """Restores everything but the position in the data from the last checkpoint."""
         self.checkpoints.wait()
         before = self.checkpoints.restore(self.state)
-        LOGGER.warning(
-            "%s: %d steps in a row were not finite; going back to the weights of step %d",
-            *(self.out, SKIPPED, int(before.step)),
-        )
+        message = "%s: %d steps in a row were not finite; going back to the weights of step %d"
+        LOGGER.warning(message, self.out, MAX_SKIPPED, int(before.step))
         self.state = replace(before, step=self.state.step)
         self.save()
 
     def draw(self) -> float:
-        """Draws input, reconstruction and difference of the clips that are shown, by the averaged weights; gives dB."""
+        """Draws the shown clips beside their reconstructions by the ema of the weights; returns the PSNR in dB."""
         ema = self.state.ema if self.mesh is None else replicate(self.state.ema, self.mesh)
         quality = self._drawn(jax.tree.map(lambda leaf: leaf.addressable_data(0), ema)) if self.is_first else 0.0
         return allgather(quality)[0]
@@ -194,28 +201,20 @@ class Run:
     def _drawn(self, ema: Any) -> float:
         vae = self.trainer.vae(ema)
         output = [np.asarray(reconstruct(vae, to_float(clip[None]))) for clip in self.shown]
-        return keep_picture(self.out, self.step, to_float(self.shown), np.concatenate(output))
+        return save_snapshot(self.out, self.step, to_float(self.shown), np.concatenate(output))
 
-    def _look_at_data(self) -> None:
-        """Draws the clips to show, which fails where none can be read, and takes the time of it."""
-        images = float(all(entry.kind == "image" for entry in self.entries))
-        settings = replace(
-            self.config.clips, batch=PICTURES, image_batch=PICTURES, images=images, workers=0, flip=False
-        )
+    def _draw_shown_clips(self) -> None:
+        """Draws the clips to show from the data, which fails where none can be read, and measures how long it takes."""
+        images, count = float(all(entry.kind == "image" for entry in self.entries)), SHOWN_CLIPS
+        settings = replace(self.config.clips, batch=count, image_batch=count, images=images, workers=0, flip=False)
         began = time.perf_counter()
         self.shown = next(batches(self.entries, settings, self.config.seed + 1))
         self.readers = readers(self.config.clips)
         self.frames_per_second = self.shown.shape[0] * self.shown.shape[1] / (time.perf_counter() - began)
 
 
-def check_shares(config: TrainConfig, share: tuple[int, int]) -> None:
-    """Raises ValueError where the processes of a cluster cannot share the batches evenly."""
-    for batch in (config.clips.batch, config.clips.image_batch):
-        rows_of(batch, share)
-
-
 def check_config(path: Path, settings: dict[str, Any]) -> None:
-    """Raises ValueError where the file holds another config than this one."""
+    """Raises ValueError where the file holds other settings than these; those of earlier versions are translated."""
     if not path.exists():
         return
     before, now = (flat(values) for values in (upgraded(read_json(path)), as_json(settings)))
@@ -233,7 +232,7 @@ def keep_json(path: Path, values: dict[str, Any]) -> None:
 
 @nnx.jit
 def reconstruct(vae: VideoVAE, clip: Any) -> jax.Array:
-    """Encodes a clip (B, T, H, W, 3) and decodes the means; compiled once for a model and a shape."""
+    """Encodes a clip (B, T, H, W, C) and decodes the means."""
     return vae.decode(vae.encode(clip).mode())
 
 
@@ -263,7 +262,7 @@ def with_init_std(model: VideoVAE, init_std: float | None) -> VideoVAE:
 
 
 def flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """Gives the values of nested dictionaries by their paths, as data.batch."""
+    """Returns the values of nested dictionaries by their paths, as clips.batch."""
     values: dict[str, Any] = {}
     for name, value in tree.items():
         values |= flat(value, f"{above}{name}.") if isinstance(value, dict) else {f"{above}{name}": value}

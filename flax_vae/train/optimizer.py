@@ -1,6 +1,4 @@
-"""The optimizer and the moving average of the weights."""
-
-from __future__ import annotations
+"""The optimizer, its learning rate, and the exponential moving average (ema) of the weights."""
 
 import math
 from typing import Any
@@ -15,9 +13,9 @@ from flax_vae.train.config import OptimizerConfig
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Gives the learning rate by step of the optimizer: linear warm-up, then a cosine down to the final one.
+    """Returns the learning rate by step of the optimizer: linear warm-up, then cosine decay to the final one.
 
-    The first of n steps of warm-up has an n-th of the learning rate, the n-th all of it.
+    The first of n steps of warm-up has 1/n of the learning rate, the n-th all of it. `steps` counts batches.
     """
     updates = max(steps // config.accumulate, 1)
     warmup = max(min(config.warmup, updates), 1)
@@ -33,7 +31,7 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Gives AdamW with clipped gradients, or Muon in place of Adam for matrices and kernels.
+    """Returns AdamW with clipped gradients, or with Muon in place of Adam for matrices and kernels.
 
     Weight decay is for those alone (Loshchilov & Hutter 2019).
     """
@@ -51,7 +49,7 @@ def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformati
 
 
 def scale_by_adam(beta1: float, beta2: float, eps: float = 1e-8) -> optax.GradientTransformation:
-    """Gives optax.scale_by_adam (Kingma & Ba 2015) with 1 - beta ** n as precise as float32 is.
+    """Returns optax.scale_by_adam (Kingma & Ba 2015) with a bias correction 1 - beta^n as precise as float32 is.
 
     In float32 0.999 is off by 1e-8, and so is 1 - 0.999: early steps would be off by 6e-6 of their length.
     """
@@ -70,9 +68,10 @@ def scale_by_adam(beta1: float, beta2: float, eps: float = 1e-8) -> optax.Gradie
 
 
 def scale_by_muon(adam: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Gives Muon (Jordan 2024) for matrices and for kernels, as matrices of all that an output sees; `adam` for others.
+    """Returns Muon (Jordan 2024) for matrices and kernels, these as (inputs of an output, outputs); `adam` for others.
 
-    Steps are as long as Adam's usually are (Liu et al. 2025), so that learning rate and decay mean the same.
+    Its updates are scaled to the usual length of Adam's (Liu et al. 2025), so that learning rate and weight decay mean
+    the same.
     """
 
     def matrices(tree: Any) -> Any:
@@ -80,11 +79,11 @@ def scale_by_muon(adam: optax.GradientTransformation) -> optax.GradientTransform
             lambda leaf: contrib.MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), (leaf.ndim - 1,)), tree
         )
 
-    def lengthened(step: Array) -> Array:
+    def scaled(step: Array) -> Array:
         return 0.2 * max(math.prod(step.shape[:-1]), step.shape[-1]) ** 0.5 * step
 
     orthogonal = contrib.scale_by_muon(weight_dimension_numbers=matrices)
-    muon = optax.chain(orthogonal, optax.stateless(lambda steps, _: jax.tree.map(lengthened, steps)))
+    muon = optax.chain(orthogonal, optax.stateless(lambda steps, _: jax.tree.map(scaled, steps)))
     return optax.partition(
         {"muon": muon, "adam": adam},
         lambda parameters: jax.tree.map(lambda is_kernel: "muon" if is_kernel else "adam", are_kernels(parameters)),
@@ -92,17 +91,15 @@ def scale_by_muon(adam: optax.GradientTransformation) -> optax.GradientTransform
 
 
 def are_kernels(tree: Any) -> Any:
-    """Says of each leaf whether it is a matrix or a kernel, and not a bias or a scale."""
+    """Returns for each leaf whether it is a matrix or a kernel, not a bias or a scale."""
     return jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
 
 
 def updates(state: Any) -> Any:
-    """Counts the steps that an optimizer of `optimizer` has made; of the batches, one in `accumulate` is one."""
-    if isinstance(state, optax.MultiStepsState):
-        return state.gradient_step
-    return state[-1].count
+    """Returns the number of steps of an optimizer of `optimizer`: one for `accumulate` batches."""
+    return state.gradient_step if isinstance(state, optax.MultiStepsState) else state[-1].count
 
 
 def move_ema(ema: Any, parameters: Any, decay: Array) -> Any:
-    """Returns the exponential moving average after one more step: decay * ema + (1 - decay) * parameters."""
+    """Returns the ema after one more step: decay * ema + (1 - decay) * parameters."""
     return jax.tree.map(lambda a, p: a + (1 - decay).astype(a.dtype) * (p - a), ema, parameters)

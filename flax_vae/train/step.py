@@ -1,12 +1,11 @@
 """One step of training the VAE and its discriminator, as one program: B batch, T frames, H W pixels, C channels."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from functools import partial, reduce
+from operator import getitem
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -33,21 +32,21 @@ from flax_vae.runtime.parallel import (
 from flax_vae.runtime.sharded import check_clip
 from flax_vae.train import losses
 from flax_vae.train.config import TrainConfig
-from flax_vae.train.discriminator_step import DiscriminatorStep, cast, global_norm, new_discriminator
+from flax_vae.train.discriminator_step import DiscriminatorStep, computing, global_norm, new_discriminator
 from flax_vae.train.optimizer import move_ema, optimizer, schedule, updates
 
 Frames = UInt8[ArrayLike, "b t h w c"] | Float[ArrayLike, "b t h w c"]
 Metrics = dict[str, Float[Array, ""]]
 LAST_STRIDE = 16  # pixels that LPIPS sees as one at its end, after four halvings; fewer for the discriminators
-# On fewer pixels their last kernels are larger than what they see. XLA (of jax 0.10) then divides the sum over a kernel
-# among devices, and where another axis of the mesh has copies of a frame, it adds up the copies.
-MIN_DIVIDED_SIDE = 64
+# On fewer pixels their last kernels are larger than what they see. XLA (of jax 0.10) then shards the sum over a kernel,
+# and where another axis of the mesh has copies of a frame, it adds up the copies.
+MIN_SHARDED_SIDE = 64
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """All that a run changes: what a checkpoint of it holds."""
+    """Everything that a step changes, which is what a checkpoint holds."""
 
     step: Array  # batches so far
     parameters: Any
@@ -61,16 +60,19 @@ class TrainState:
 
 
 class Trainer:
-    """Builds a run's models and makes its steps; holds nothing that changes.
+    """Compiles and runs the steps of a run; holds nothing that changes.
 
     Args:
       config: of the run.
       vae: the model to start from; like the others abstract, made by `nnx.eval_shape`, where only `lower` is called.
-      lpips: where the loss has a perceptual term.
+      lpips: of the loss's perceptual term, if it has one.
       discriminator: the one to start from, in place of random weights.
       compiler_options: those of `jax.jit`.
       mesh: devices that share the work.
-      fsdp: the devices of `data` shard the weights and the optimizer's state too.
+      fsdp: whether the devices of `data` shard the weights and the optimizer's state too.
+
+    Raises:
+      ValueError: the mesh does not divide the batches, or there is none for `fsdp`.
     """
 
     def __init__(
@@ -87,31 +89,28 @@ class Trainer:
             raise ValueError("fsdp shares the weights among the devices of data: give a mesh too, as data=8")
         self.config, self.mesh = config, mesh
         self.dtype = jnp.dtype(config.precision)
-        self.loss_dtype = np.promote_types(self.dtype, np.float32)  # and of the loss's gradient by the reconstruction
+        self.loss_dtype = np.promote_types(self.dtype, np.float32)  # also of the loss's cotangent
         self.optimizer = optimizer(config.optimizer, config.steps)
         self.schedule = schedule(config.optimizer, config.steps)
         self._model, self._model_config, self._last_kernel = type(vae), vae.config, vae.last_kernel
         vae.train()
         self.structure, self._parameters, self._counts, self._constants = nnx.split(vae, nnx.Param, nnx.RngCount, ...)
-        self._lpips: Any = None
-        self._lpips_weights: Any = None
-        if lpips is not None:
-            self._lpips, self._lpips_weights = nnx.split(lpips)
-        self.discriminator: Any = None  # of what concerns it, where there is a GAN
+        self._lpips, self._lpips_weights = cast(Any, (None, None) if lpips is None else nnx.split(lpips))
+        self.discriminator: Any = None
         if config.gan.kind != "none":
             discriminator = discriminator or new_discriminator(config, vae.config.pixel_channels)
-            self.discriminator = DiscriminatorStep(config, discriminator, self.optimizer, self.gather, mesh)
+            self.discriminator = DiscriminatorStep(config, discriminator, self.optimizer, mesh)
         self._shardings = None
         options: dict[str, Any] = {"donate_argnames": "state", "compiler_options": compiler_options}
         if mesh is not None:
             check_mesh(mesh, config, vae, bool(jax.tree.leaves(self._counts)))
             self._shardings = shardings(jax.eval_shape(self._start, *self._first), mesh, fsdp)
             options["out_shardings"] = self._shardings, sharding(mesh)
-        self._compiled = jax.jit(self._step, static_argnames="with_gan", **options)
+        self._compiled = jax.jit(lowered_for(mesh)(self._step), static_argnames="with_gan", **options)
 
     @property
     def _first(self) -> tuple[Any, Any, Any]:
-        """Weights, random counts and the discriminator's weights that the run starts from."""
+        """The weights, random counts and discriminator's weights that the run starts from."""
         return self._parameters, self._counts, self.discriminator and self.discriminator.first_parameters
 
     def start(self) -> TrainState:
@@ -122,7 +121,7 @@ class Trainer:
 
     def _start(self, parameters: Any, counts: Any, discriminator: Any) -> TrainState:
         copy = partial(jax.tree.map, jnp.copy)
-        with_gan, zero = self.discriminator is not None, jnp.zeros((), self.loss_dtype)
+        with_gan = self.discriminator is not None
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             parameters=copy(parameters),
@@ -131,15 +130,21 @@ class Trainer:
             random_counts=copy(counts),
             discriminator=copy(discriminator) if with_gan else None,
             discriminator_optimizer=self.optimizer.init(discriminator) if with_gan else None,
-            ema_logits=(zero, zero) if with_gan else None,
+            # arrays of their own, since a step donates the state: no buffer may be in it twice
+            ema_logits=tuple(jnp.zeros((), self.loss_dtype) for _ in range(2)) if with_gan else None,
             skipped=jnp.zeros((), jnp.int32),
         )
 
     def step(self, state: TrainState, frames: Frames, *, with_gan: bool) -> tuple[TrainState, Metrics]:
-        """Takes a step on a batch of pixels, uint8 or in [-1, 1]; returns the state after it and its metrics.
+        """Takes a step; returns the state after it and its metrics.
 
-        The state given is donated: its memory becomes that of the one after. Of several processes, each gives its own
-        clips of the batch. Raises ValueError where the mesh does not divide the batch.
+        Args:
+          state: donated, its memory is reused for the state that is returned.
+          frames: (B, T, H, W, C), uint8 or in [-1, 1]; each of several processes passes its own clips of the batch.
+          with_gan: whether the discriminator takes part.
+
+        Raises:
+          ValueError: the mesh does not divide the batch, or its frames make no whole latents.
         """
         if self.mesh is None:
             return self._compiled(state, self._lpips_weights, (frames,), with_gan=with_gan)
@@ -165,29 +170,23 @@ class Trainer:
         return vae
 
     def _step(self, state: TrainState, lpips: Any, frames: Parts, with_gan: bool) -> tuple[TrainState, Metrics]:
-        with lowered_for(self.mesh):
-            return self._traced_step(state, lpips, frames, with_gan)
-
-    def _traced_step(self, state, lpips, frames, with_gan):
-        """One forward pass; its vjp is pulled back up to three times.
-
-        The adaptive weight needs the gradients of both losses by the last kernel, before the weighted sum of their
-        cotangents is pulled back through the whole model. XLA drops what a pull-back computes and nobody reads, so the
-        first two cost no more than the decoder's last layer.
-        """
-        self._model_config.latent_frames(sum(part.shape[1] for part in frames))
+        self._model_config.latent_frames(sum(part.shape[1] for part in frames))  # raises for others
         video = tuple(pixels(part, self.loss_dtype) for part in frames)
         key = noise_key(self.config.seed, state.step)
         reconstruct = partial(self._reconstruct, counts=state.random_counts, video=video, key=key)
+        # one forward pass, whose vjp is applied to up to three cotangents of (output, kl)
         (output, kl), vjp, counts = jax.vjp(reconstruct, state.parameters, has_aux=True)
         total, metrics, cotangent = self._reconstruction_loss(lpips, output, video)
         metrics |= {"kl": kl}
         with_discriminator = state
         if with_gan:
             loss, gan_cotangent = self.discriminator.generator_loss(state.discriminator, output)
-            nothing = jnp.zeros((), kl.dtype)
-            gradients = [leaf_at(vjp((each, nothing))[0], self._last_kernel) for each in (cotangent, gan_cotangent)]
-            weight = self.config.gan.weight * losses.adaptive_weight(*gradients)
+            # The adaptive weight needs both losses' gradients by the decoder's last kernel alone. XLA drops the rest of
+            # these two vjps, so they cost no more than the last layer; only the one below runs through the whole model.
+            zero = jnp.zeros((), kl.dtype)
+            pair = (vjp((each, zero))[0] for each in (cotangent, gan_cotangent))
+            last_kernels = (reduce(getitem, self._last_kernel, gradients)[...] for gradients in pair)
+            weight = self.config.gan.weight * losses.adaptive_weight(*last_kernels)
             cotangent = jax.tree.map(lambda a, b: a + weight * b, cotangent, gan_cotangent)
             with_discriminator, more = self.discriminator.update(state, output, video)
             metrics |= {"gan": loss, "gan_weight": weight, **more}
@@ -198,7 +197,8 @@ class Trainer:
         return self._accepted(state, with_discriminator, parameters, moments, counts, metrics)
 
     def _reconstruct(self, parameters, counts, video, key):
-        parameters = self.gather(cast(parameters, self.dtype))
+        """Returns the reconstruction in parts and the KL divergence; apart from these, the random counts after it."""
+        parameters = computing(parameters, self.dtype, self.mesh)
         vae = nnx.merge(self.structure, parameters, counts, self._constants, copy=True)
         posteriors = run_parts(vae, self._model.encode_chunk, video, self.mesh, self.config.chunk)
         latents = sampled(posteriors, key, self.mesh)
@@ -207,34 +207,26 @@ class Trainer:
         output = tuple(part.astype(self.loss_dtype) for part in output)
         return (output, losses.added([posterior.kl() for posterior in posteriors])), nnx.state(vae, nnx.RngCount)
 
-    def gather(self, parameters: Any) -> Any:
-        """Gathers sharded parameters on every device: otherwise XLA divides channels, and not the clips."""
-        return parameters if self.mesh is None else jax.lax.with_sharding_constraint(parameters, sharding(self.mesh))
-
     def _reconstruction_loss(self, lpips, output, video):
         """Returns the loss, its terms, and its cotangent: the gradient by the reconstruction, in parts."""
-        weights = self.config.loss
 
         def loss(output):
             terms = {"mse": losses.averaged(losses.mse, output, video), "l1": losses.averaged(losses.l1, output, video)}
             if lpips is not None:
-                terms["lpips"] = losses.averaged(jnp.mean, self._distances(lpips, output, video))
-            return sum(getattr(weights, name) * term for name, term in terms.items()), terms
+                distance = partial(nnx.merge(self._lpips, lpips), chunk=self.config.loss.lpips_frames)
+                pairs = enumerate(zip(output, video, strict=True))
+                frames = tuple(map_frames(distance, *pair, mesh=self.mesh, part=part) for part, pair in pairs)
+                terms["lpips"] = losses.averaged(jnp.mean, frames)
+            return sum(getattr(self.config.loss, name) * term for name, term in terms.items()), terms
 
         (total, terms), cotangent = jax.value_and_grad(loss, has_aux=True)(output)
         return total, terms, cotangent
 
-    def _distances(self, lpips, output, video):
-        """Returns the LPIPS of each frame, in parts."""
-        distances = partial(nnx.merge(self._lpips, lpips), chunk=self.config.loss.lpips_frames)
-        pairs = enumerate(zip(output, video, strict=True))
-        return tuple(map_frames(distances, *pair, mesh=self.mesh, part=part) for part, pair in pairs)
-
     def _accepted(self, state, with_discriminator, parameters, moments, counts, metrics):
-        """Returns the state after a step; where anything is not finite, the one before it, with its step counted."""
+        """Returns the state after a step and its metrics; where a metric is not finite, the state stays as it was."""
         is_finite = jnp.stack([jnp.isfinite(value) for value in metrics.values()]).all()
         before, now = (updates(moments).astype(float) for moments in (state.optimizer, moments))
-        # early on, the average of few steps rather than of the random start
+        # the ema of the first few steps is their mean rather than the random start
         decay = jnp.where(now > before, jnp.minimum(self.config.optimizer.ema, (1 + now) / (10 + now)), 1.0)
         after = replace(
             with_discriminator,
@@ -248,28 +240,21 @@ class Trainer:
         return kept, metrics | {"learning_rate": self.schedule(before), "skipped": kept.skipped}
 
 
-def leaf_at(gradients: Any, path: Sequence[str]) -> Array:
-    """Returns the leaf of a state at an attribute path."""
-    for name in path:
-        gradients = gradients[name]
-    return gradients[...]
-
-
 def sampled(posteriors: Sequence[DiagonalGaussian], key: PRNGKeyArray, mesh: Mesh | None) -> Parts:
-    """Draws latents of clips in parts: those that `posterior.sample` draws of the clips as a whole."""
+    """Draws latents of clips in parts: with the noise with which `posterior.sample` draws those of whole clips."""
     b, _, *rest = posteriors[0].mean.shape
     noise = jax.random.normal(key, (b, sum(posterior.mean.shape[1] for posterior in posteriors), *rest), jnp.float32)
     return tuple(posterior.at(part) for posterior, part in zip(posteriors, split_parts(noise, mesh), strict=True))
 
 
 def shardings(state: TrainState, mesh: Mesh, fsdp: bool) -> Any:
-    """Returns the shardings of a state: replicated, but for weights that the devices of `data` share."""
+    """Returns the shardings of a state: replicated, except for weights that the devices of `data` shard with `fsdp`."""
     devices = mesh.shape["data"] if fsdp else 1
     return jax.tree_util.tree_map_with_path(lambda path, leaf: sharding(mesh, weights_spec(path, leaf, devices)), state)
 
 
 def with_sharding(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-    """Returns the shape of an array with a sharding."""
+    """Returns the shape and dtype of an array with a sharding."""
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
@@ -282,19 +267,19 @@ def check_mesh(mesh: Mesh, config: TrainConfig, vae: VideoVAE, has_dropout: bool
     if clips.images > 0:
         check_sizes(mesh.shape, vae.config, clips.image_batch, 1, *size)
     devices = math.lcm(mesh.shape["height"], mesh.shape["width"])
-    is_judged = config.loss.lpips > 0 or config.gan.kind != "none"
-    if devices > 1 and is_judged and (clips.size < MIN_DIVIDED_SIDE or clips.size % (LAST_STRIDE * devices)):
+    sees_frames = config.loss.lpips > 0 or config.gan.kind != "none"
+    if devices > 1 and sees_frames and (clips.size < MIN_SHARDED_SIDE or clips.size % (LAST_STRIDE * devices)):
         raise ValueError(
             f"LPIPS and the discriminators see {LAST_STRIDE} pixels as one, clips.size={clips.size}, and the mesh "
             f"divides height or width among {devices}: expected a multiple of {LAST_STRIDE * devices}, "
-            f"from {MIN_DIVIDED_SIDE} on"
+            f"from {MIN_SHARDED_SIDE} on"
         )
     if mesh.shape["time"] > 1 and has_dropout:
         raise ValueError("dropout draws of a clip as a whole: take time=1, or a model without dropout")
 
 
 def noise_key(seed: int, step: ArrayLike) -> PRNGKeyArray:
-    """Returns the key with which a step samples the posterior."""
+    """Returns the key of the noise with which a step samples the posterior."""
     return jax.random.fold_in(jax.random.key(seed), step)
 
 

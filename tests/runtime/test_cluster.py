@@ -17,11 +17,11 @@ import pytest
 from flax import nnx
 
 from flax_vae import CausalVideoVAE
-from flax_vae.cli.train import Stop
+from flax_vae.jobs.train import Stop
 from flax_vae.io.latents import Latents
 from flax_vae.io.manifest import read_entries
 from flax_vae.runtime import cluster
-from flax_vae.runtime.cluster import GONE, Cluster, check, noticing
+from flax_vae.runtime.cluster import GONE_MESSAGE, Cluster, check, noticing
 from flax_vae.train.averaged import averaged
 from flax_vae.train.config import ClipConfig
 from flax_vae.train.data import batches, rows_of
@@ -196,7 +196,7 @@ def test_a_signal_that_comes_while_processes_agree_counts_after_the_next_step(mo
         return number
 
     with monkeypatch.context() as patch:
-        patch.setattr("flax_vae.cli.train.anywhere", agree_meanwhile)
+        patch.setattr("flax_vae.jobs.train.anywhere", agree_meanwhile)
         assert not stop.is_asked_for()
     assert stop.is_asked_for()
     assert stop.signal == signal.SIGTERM
@@ -303,7 +303,7 @@ def test_an_error_says_that_another_process_is_gone_also_where_it_came_up_in_a_w
     monkeypatch.setattr(cluster, "leave", sys.exit)
     with pytest.raises(SystemExit if is_noticed else type(error)), noticing():
         raise error from cause
-    assert (GONE in capsys.readouterr().err) == is_noticed
+    assert (GONE_MESSAGE in capsys.readouterr().err) == is_noticed
 
 
 @pytest.mark.slow
@@ -316,7 +316,7 @@ def test_training_goes_on_to_the_same_numbers_after_one_was_killed(hosts, vae, c
     pair[killed].process.kill()
     assert pair[1 - killed].ended(60) != 0
     said = pair[1 - killed].said.read_text()
-    assert GONE in said or "another task died" in said  # jax may be the first to notice
+    assert GONE_MESSAGE in said or "another task died" in said  # jax may be the first to notice
     hosts.run(*training(vae, clips, out, 12), count=2)
     assert metrics(out) == metrics(whole)
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from flax_vae.runtime.compiler_options import BARRIERS, ORDER, order_for_memory
+from flax_vae.runtime.compiler_options import BARRIER_FLAG, SCHEDULER_FLAG, order_for_memory
 
 CONVOLUTIONS = """
 from flax_vae.runtime.compiler_options import order_for_memory
@@ -35,13 +35,15 @@ def test_a_program_takes_less_memory():
     assert temporary_bytes(ordered=True) < 0.9 * temporary_bytes(ordered=False)
 
 
-@pytest.mark.parametrize("flags", ["", "--xla_cpu_max_isa=AVX2", f"--{ORDER[0]}=true", f"--{BARRIERS[0]}=dce"])
+@pytest.mark.parametrize(
+    "flags", ["", "--xla_cpu_max_isa=AVX2", f"--{SCHEDULER_FLAG[0]}=true", f"--{BARRIER_FLAG[0]}=dce"]
+)
 def test_flags_of_the_user_stay(flags, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", flags)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     order_for_memory()
     assert os.environ["XLA_FLAGS"].startswith(flags)
-    assert [os.environ["XLA_FLAGS"].count(name) for name, _ in (ORDER, BARRIERS)] == [1, 1]
+    assert [os.environ["XLA_FLAGS"].count(name) for name, _ in (SCHEDULER_FLAG, BARRIER_FLAG)] == [1, 1]
 
 
 @pytest.mark.parametrize("platforms", ["tpu,cpu", "cuda", ""])
@@ -50,8 +52,8 @@ def test_barriers_are_left_to_what_may_be_there_beside_a_cpu(platforms, monkeypa
     monkeypatch.setenv("JAX_PLATFORMS", platforms)
     monkeypatch.setattr("flax_vae.runtime.compiler_options.find_spec", lambda name: name == "libtpu")
     order_for_memory()
-    assert ORDER[0] in os.environ["XLA_FLAGS"]
-    assert BARRIERS[0] not in os.environ["XLA_FLAGS"]
+    assert SCHEDULER_FLAG[0] in os.environ["XLA_FLAGS"]
+    assert BARRIER_FLAG[0] not in os.environ["XLA_FLAGS"]
 
 
 def test_a_jaxlib_that_may_not_know_the_flag_gets_none(monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec as Spec
 
 from flax_vae import CausalVideoVAEConfig
-from flax_vae.runtime.mesh import AXES, check_sizes, make_mesh, named, parse_mesh, weights_spec
+from flax_vae.runtime.mesh import AXES, check_sizes, make_mesh, mesh_name, parse_mesh, weights_spec
 
 hypothesis = pytest.importorskip("hypothesis", reason="sizes are drawn by hypothesis")
 given, st = hypothesis.given, hypothesis.strategies
@@ -19,7 +19,7 @@ def test_a_mesh_is_read_by_name_and_size():
     assert parse_mesh("data=4,time=2") == {"data": 4, "time": 2}
     assert parse_mesh(" height=2 , data=8") == {"height": 2, "data": 8}
     assert parse_mesh("space=2") == {"height": 2}
-    assert parse_mesh(named({"data": 4, "width": 2})) == {"data": 4, "width": 2}
+    assert parse_mesh(mesh_name({"data": 4, "width": 2})) == {"data": 4, "width": 2}
 
 
 @pytest.mark.parametrize(

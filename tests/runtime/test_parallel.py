@@ -14,12 +14,13 @@ from jax import lax
 from flax_vae import CausalVideoVAE, to_uint8
 from flax_vae.families.pyramid import narrow
 from flax_vae.layers import attention
+from flax_vae.layers.sequence import Execution
 from flax_vae.layers.time_halo import TimeHalo
 from flax_vae.metrics.lpips import LPIPS
 from flax_vae.ops.lowering import convolve
 from flax_vae.ops.window import Window
 from flax_vae.planning.hlo import program
-from flax_vae.runtime import parallel, sharded, stream
+from flax_vae.runtime import sharded, stream
 from flax_vae.runtime.mesh import make_mesh, parse_mesh
 from flax_vae.train.checkpoints import Checkpoints
 from flax_vae.train.config import ClipConfig, GanConfig, LossConfig, OptimizerConfig, TrainConfig
@@ -54,7 +55,7 @@ def promoting():
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Compiles clips and streams fast, to code that is slow but equal."""
-    for module, name, static in ((parallel, "_run", (0, 1, 2, 3)), (stream, "_call", (0, 1, 2))):
+    for module, name, static in ((sharded, "_run", (0, 1, 2, 3)), (stream, "_call", (0, 1, 2))):
         function = getattr(module, name).__wrapped__
         monkeypatch.setattr(module, name, jax.jit(function, static_argnums=static, compiler_options=FAST))
 
@@ -116,8 +117,8 @@ def test_a_clip_in_chunks_and_frame_by_frame_is_divided_too(vae, clip, whole):
     posterior, video = whole
     mesh = mesh_of("data=2,height=2")
     assert apart(sharded.encode(vae, clip, mesh, chunk=8).mean, posterior.mean) < TOLERANCE
-    frame_by_frame = CausalVideoVAE(replace(MODEL, frame_by_frame=True), rngs=nnx.Rngs(0))
-    nnx.update(frame_by_frame, nnx.state(vae))
+    frame_by_frame = nnx.clone(vae)
+    frame_by_frame.execution = Execution(frame_by_frame=True)
     assert apart(sharded.decode(frame_by_frame, posterior.mean, mesh), video) < TOLERANCE
 
 
@@ -139,11 +140,11 @@ def test_what_a_mesh_cannot_divide_is_refused_before_anything_is_computed(vae, c
 
 def trainer(text=None, model=MODEL, size=32, batch=2, fsdp=False, kind="none", regularizer="none", lpips=False):
     """Gives a trainer that computes in float64, of models with random weights, on a mesh or on one device."""
-    from conftest import randomize
+    from tests.conftest import randomize
 
-    judges = {"frames": ((4, 6, 8),), "causal": ((4, 6, 8), 2)}
+    sizes = {"frames": ((4, 6, 8),), "causal": ((4, 6, 8), 2)}
     classes = {"frames": PatchDiscriminator, "causal": CausalPatchDiscriminator}
-    judge = None if kind == "none" else randomize(lambda rngs: classes[kind](*judges[kind], rngs=rngs))
+    discriminator = None if kind == "none" else randomize(lambda rngs: classes[kind](*sizes[kind], rngs=rngs))
     distance = randomize(lambda rngs: LPIPS((4,) * 5, rngs=rngs)) if lpips else None
     config = replace(
         TRAINING,
@@ -154,7 +155,7 @@ def trainer(text=None, model=MODEL, size=32, batch=2, fsdp=False, kind="none", r
     object.__setattr__(config, "precision", "float64")  # a run has no such precision
     vae = randomize(lambda rngs: CausalVideoVAE(model, rngs=rngs))
     mesh = None if text is None else mesh_of(text)
-    return Trainer(config, vae, distance, judge, compiler_options=FAST, mesh=mesh, fsdp=fsdp)
+    return Trainer(config, vae, distance, discriminator, compiler_options=FAST, mesh=mesh, fsdp=fsdp)
 
 
 def stepped(training, clip):
@@ -177,8 +178,8 @@ def check_equal(found, expected):
 
 
 LITTLE = {"model": CONFIG, "size": 8}
-JUDGED = {"model": CONFIG, "size": 64, "kind": "frames", "regularizer": "r1", "lpips": True}
-JUDGED_BY_CLIP = {"model": CONFIG, "size": 64, "kind": "causal", "regularizer": "lecam"}
+FRAMES_GAN = {"model": CONFIG, "size": 64, "kind": "frames", "regularizer": "r1", "lpips": True}
+CAUSAL_GAN = {"model": CONFIG, "size": 64, "kind": "causal", "regularizer": "lecam"}
 
 
 @pytest.fixture(scope="module")
@@ -198,8 +199,8 @@ def expected(noise):
     ("text", "settings"),
     [
         pytest.param("time=2,height=2", LITTLE, marks=slow),
-        *(pytest.param(text, JUDGED, marks=slow) for text in MESHES),
-        *(pytest.param(text, JUDGED_BY_CLIP, marks=slow) for text in ("time=2", MIXED)),
+        *(pytest.param(text, FRAMES_GAN, marks=slow) for text in MESHES),
+        *(pytest.param(text, CAUSAL_GAN, marks=slow) for text in ("time=2", MIXED)),
         pytest.param(MIXED, {}, marks=slow),
     ],
 )
@@ -217,7 +218,7 @@ def test_weights_divided_among_devices_give_the_same_losses_and_gradients(expect
 @slow
 def test_devices_exchange_borders_and_sums_and_no_clips(expected):
     """But for the middle block's attention, whose queries need the keys and values of all pixels of their frame."""
-    training = trainer(MIXED, **JUDGED)
+    training = trainer(MIXED, **FRAMES_GAN)
     found = program(training.lower((2, 9, 64, 64), with_gan=True).compile().as_text()).exchanges
     assert {each.kind for each in found} <= {"collective-permute", "all-reduce", "all-gather"}
     assert {each.kind for each in found} >= {"collective-permute", "all-reduce"}

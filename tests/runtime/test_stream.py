@@ -249,7 +249,9 @@ def test_frames_that_complete_no_latent_are_refused_or_padded_or_left_out_as_ask
 
     def encoded(clip, policy):
         given = []
-        for posterior in stream.encode(vae, (chunk[None] for chunk in stream.cut(clip, FACTOR, first)), frames=policy):
+        for posterior in stream.encode(
+            vae, (chunk[None] for chunk in stream.cut(clip, FACTOR, first)), extra_frames=policy
+        ):
             given.append(posterior.mean)  # one by one: some come before the error
         return np.concatenate(given, axis=1)
 
@@ -268,7 +270,7 @@ def test_frames_that_complete_no_latent_are_refused_or_padded_or_left_out_as_ask
 def test_a_short_chunk_before_the_last_is_an_error_after_the_results_before_it(vae, policy):
     code = coder(vae, "encode")
     first, short, last = code.clip()[:, :5], code.clip()[:, 5:8], code.clip()[:, 8:12]
-    running = stream.encode(vae, [first, short, last], frames=policy)
+    running = stream.encode(vae, [first, short, last], extra_frames=policy)
     assert np.array_equal(joined([next(running)]), code.run((2,)))
     with pytest.raises(
         ValueError, match=r"got 3; extra_frames='pad'|a chunk that is not the last has 3 frames, expected 4k"
@@ -281,14 +283,14 @@ def test_a_short_chunk_before_the_last_is_an_error_after_the_results_before_it(v
 @pytest.mark.parametrize("policy", ["error", "pad", "trim"])
 def test_a_stream_of_chunks_without_frames_is_refused(vae, policy):
     with pytest.raises(ValueError, match=r"at least one frame, got \(1, 0, 5, 6, 3\)"):
-        list(stream.encode(vae, [np.zeros((1, 0, 5, 6, 3), np.float32)], frames=policy))
-    assert list(stream.encode(vae, [], frames=policy)) == []
+        list(stream.encode(vae, [np.zeros((1, 0, 5, 6, 3), np.float32)], extra_frames=policy))
+    assert list(stream.encode(vae, [], extra_frames=policy)) == []
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_another_policy_is_refused_by_name(vae):
-    with pytest.raises(ValueError, match="frames must be one of error, pad, trim, got 'crop'"):
-        list(stream.encode(vae, coder(vae, "encode").chunks(ONES), frames="crop"))
+    with pytest.raises(ValueError, match="extra_frames must be one of error, pad, trim, got 'crop'"):
+        list(stream.encode(vae, coder(vae, "encode").chunks(ONES), extra_frames="crop"))
 
 
 def test_streaming_leaves_no_state_on_the_model(code):
@@ -388,7 +390,7 @@ def test_a_stream_holds_one_chunk_one_result_ahead_and_nothing_older():
     def batch(frames):
         return seen(frames)[None]
 
-    chunks = stream.fitted(map(batch, stream.cut(frames(), 4)), FACTOR, "pad")
+    chunks = stream.fitted(map(batch, stream.cut(frames(), 4)), CONFIG, "pad")
     gc.freeze()  # what is here already: each collection would go through all that other tests have left
     for result in stream.Stream(step, chunks):
         assert count_alive() <= 2

@@ -93,7 +93,7 @@ def config(init):
 
 
 def trained(config: TrainConfig, data: Path, out: Path, stop: int | None = None):
-    """Trains, at most until `stop` steps are done, and gives the state."""
+    """Trains, at most until `stop` steps are done; returns the state."""
     with Run(config, data, out) as run:
         for record in run.steps():
             if record.step + 1 == stop:
@@ -102,17 +102,17 @@ def trained(config: TrainConfig, data: Path, out: Path, stop: int | None = None)
 
 
 def kernels(config: TrainConfig) -> list[np.ndarray]:
-    """Gives the kernels, of at least 2,000 weights, that a run starts from."""
+    """Returns the kernels, of at least 2,000 weights, that a run starts from."""
     weights = leaves(nnx.state(loop.first_model(config), nnx.Param))
     return [weight for weight in weights if weight.ndim > 1 and weight.size >= 2000]
 
 
-@pytest.mark.parametrize("spread", [0.02, 0.1, None])
-def test_first_kernels_have_the_spread_that_is_asked_for(spread):
-    found = kernels(replace(PRESETS["tiny"], spread=spread))
-    expected = [spread or np.prod(kernel.shape[:-1]) ** -0.5 for kernel in found]
+@pytest.mark.parametrize("init_std", [0.02, 0.1, None])
+def test_first_kernels_have_the_standard_deviation_that_is_asked_for(init_std):
+    found = kernels(replace(PRESETS["tiny"], init_std=init_std))
+    expected = [init_std or np.prod(kernel.shape[:-1]) ** -0.5 for kernel in found]
     np.testing.assert_allclose([kernel.std() for kernel in found], expected, rtol=0.08)
-    assert TrainConfig().spread == INIT_STD == 0.02  # of the public recipe
+    assert TrainConfig().init_std == INIT_STD == 0.02  # of the public recipe
 
 
 def lines(out: Path) -> list[dict]:
@@ -143,14 +143,14 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(config, data, tmp_path)
     ]
 
 
-def test_weights_of_a_run_are_its_average(config, data, tmp_path):
+def test_weights_of_a_run_are_its_ema(config, data, tmp_path):
     state = trained(config, data, tmp_path / "run")
     vae, step = averaged(tmp_path / "run")
     assert step == 6
-    pairs = zip(leaves(nnx.state(vae, nnx.Param)), leaves(state.average), leaves(state.parameters), strict=True)
-    for exported, average, last in pairs:
-        np.testing.assert_array_equal(exported, average)
-        assert not np.array_equal(average, last)
+    pairs = zip(leaves(nnx.state(vae, nnx.Param)), leaves(state.ema), leaves(state.parameters), strict=True)
+    for exported, ema, last in pairs:
+        np.testing.assert_array_equal(exported, ema)
+        assert not np.array_equal(ema, last)
     pictures = [json.loads(path.read_text()) for path in (tmp_path / "run" / "pictures" / "frames").glob("*.json")]
     assert averaged(tmp_path / "run", "best")[1] == max(pictures, key=lambda picture: picture["psnr"])["step"]
     with pytest.raises(FileNotFoundError, match="has no checkpoint 1, but"):
@@ -159,7 +159,7 @@ def test_weights_of_a_run_are_its_average(config, data, tmp_path):
         averaged(tmp_path)
 
 
-def test_export_writes_the_average_in_the_public_layout(config, data, tmp_path, monkeypatch):
+def test_export_writes_the_ema_in_the_public_layout(config, data, tmp_path, monkeypatch):
     trained(config, data, tmp_path / "run", stop=4)
     export(tmp_path / "run", tmp_path / "vae", step=2)
     expected, step = averaged(tmp_path / "run", 2)
@@ -171,7 +171,7 @@ def test_export_writes_the_average_in_the_public_layout(config, data, tmp_path, 
     with pytest.raises(ValueError, match="give --overwrite"):
         export(tmp_path / "run", tmp_path / "vae")
     export(tmp_path / "run", tmp_path / "vae", dtype="bfloat16", overwrite=True)
-    assert CausalVideoVAE.from_pretrained(tmp_path / "vae", jnp.bfloat16).dtype == jnp.bfloat16
+    assert CausalVideoVAE.from_pretrained(tmp_path / "vae", dtype=jnp.bfloat16).dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("words", [["--preset", "stage2"], ["--steps", "3", "--preset=stage2"]])
@@ -206,8 +206,8 @@ def test_a_discriminator_can_start_from_a_checkpoint(config, data, tmp_path, mon
     gan = replace(config.gan, kind="frames", init=str(tmp_path / "gan.safetensors"))
     with pytest.raises(InterruptedError):
         trained(replace(config, gan=gan), data, tmp_path / "run")
-    judge = taken.call_args.args[3]
-    for ours, theirs in zip(leaves(nnx.state(judge)), leaves(nnx.state(given)), strict=True):
+    discriminator = taken.call_args.args[3]
+    for ours, theirs in zip(leaves(nnx.state(discriminator)), leaves(nnx.state(given)), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
@@ -316,7 +316,7 @@ def begun(words: list[str], out: Path, steps: int, **kwargs) -> subprocess.Popen
 
 
 def stopped(process: subprocess.Popen) -> str:
-    """Sends SIGTERM, waits until the process ends as it should, and gives what it said."""
+    """Sends SIGTERM, waits until the process ends as it should; returns its messages."""
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == 0, said

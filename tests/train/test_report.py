@@ -6,13 +6,13 @@ import math
 
 import numpy as np
 import pytest
-from flax_vae.train.report_picture import duration, numbers, settings, spread_out, title
 
 from flax_vae import to_float, to_uint8
 from flax_vae.metrics.psnr import psnr
 from flax_vae.train import curves
 from flax_vae.train.config import PRESETS
-from flax_vae.train.report import History, Kept, keep_picture, read_columns, read_history, write_report
+from flax_vae.train.history import History, Snapshot, read_columns, read_history, save_snapshot
+from flax_vae.train.report import duration, numbers, settings, spread_out, title, write_report
 
 pytest.importorskip("av", reason="pictures need PyAV")
 pytest.importorskip("matplotlib", reason="the report needs matplotlib")
@@ -42,13 +42,13 @@ def lines(steps, names=PLAIN, begin=0, skipped=(), seed=0):
 def no_sheets(monkeypatch):
     """Has no contact sheet drawn, which is quicker, but listed."""
     drawn = []
-    monkeypatch.setattr("flax_vae.train.report.contact_sheet", lambda *args: drawn.append(args))
+    monkeypatch.setattr("flax_vae.train.history.contact_sheet", lambda *args: drawn.append(args))
     return drawn
 
 
 @pytest.fixture
 def run(tmp_path, no_sheets):
-    """Gives a function that leaves a run in a folder: its config, metrics, and pictures of some steps."""
+    """Returns a function that leaves a run in a folder: its config, metrics, and pictures of some steps."""
 
     def leave(metrics, preset="tiny", pictures=(), shown=(2, 3), after=""):
         config = {**dataclasses.asdict(PRESETS[preset]), "source": "/data/a $x^$ folder"}
@@ -56,58 +56,58 @@ def run(tmp_path, no_sheets):
         text = "".join(json.dumps(line) + "\n" for line in metrics)
         (tmp_path / "metrics.jsonl").write_text(text + after)
         for step in pictures:
-            keep_picture(tmp_path, step, *clips(*shown))
+            save_snapshot(tmp_path, step, *clips(*shown))
         return tmp_path
 
     return leave
 
 
-def history(kept=(), **columns):
-    return History("run", {}, {name: np.array(values, float) for name, values in columns.items()}, list(kept))
+def history(snapshots=(), **columns):
+    return History("run", {}, {name: np.array(values, float) for name, values in columns.items()}, list(snapshots))
 
 
 def at(step, quality=20.0):
-    return Kept(step, quality, 1, None)
+    return Snapshot(step, quality, 1, None)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 9), (7, 2)])
 def test_kept_frames_are_the_middle_ones_to_the_bit(tmp_path, shape, no_sheets):
-    shown, again = clips(*shape)
-    quality = keep_picture(tmp_path, 1200, shown, again)
-    assert quality == pytest.approx(psnr(shown, np.clip(again, -1, 1)), abs=1e-5)
-    (kept,) = read_history(tmp_path).kept
-    assert (kept.step, kept.psnr, kept.clips) == (1200, quality, shape[0])
-    for pixels, clip in zip(kept.read(), (shown, again), strict=True):
+    shown, output = clips(*shape)
+    quality = save_snapshot(tmp_path, 1200, shown, output)
+    assert quality == pytest.approx(psnr(shown, np.clip(output, -1, 1)), abs=1e-5)
+    (snapshot,) = read_history(tmp_path).snapshots
+    assert (snapshot.step, snapshot.psnr, snapshot.clips) == (1200, quality, shape[0])
+    for pixels, clip in zip(snapshot.read(), (shown, output), strict=True):
         np.testing.assert_array_equal(pixels, to_uint8(clip[:, shape[1] // 2]))
 
 
 def test_a_sheet_is_kept_and_nothing_is_left_beside_it(tmp_path, contents):
-    keep_picture(tmp_path, 5, *clips(2, 3))
+    save_snapshot(tmp_path, 5, *clips(2, 3))
     names = ["pictures/00000005.png", "pictures/frames/00000005.json", "pictures/frames/00000005.png"]
     assert list(contents(tmp_path)) == names
 
 
 def test_picture_of_a_step_done_twice_is_replaced(tmp_path, no_sheets, contents):
-    first = keep_picture(tmp_path, 5, *clips(2, 3, seed=1)), contents(tmp_path)
-    assert keep_picture(tmp_path, 5, *clips(2, 3, seed=2)) != first[0]
-    assert (keep_picture(tmp_path, 5, *clips(2, 3, seed=1)), contents(tmp_path)) == first
+    first = save_snapshot(tmp_path, 5, *clips(2, 3, seed=1)), contents(tmp_path)
+    assert save_snapshot(tmp_path, 5, *clips(2, 3, seed=2)) != first[0]
+    assert (save_snapshot(tmp_path, 5, *clips(2, 3, seed=1)), contents(tmp_path)) == first
 
 
 def test_contact_sheet_has_frames_of_every_clip_by_their_places(tmp_path, no_sheets):
-    shown, again = clips(2, 9)
-    quality = keep_picture(tmp_path, 1200, shown, again)
+    shown, output = clips(2, 9)
+    quality = save_snapshot(tmp_path, 1200, shown, output)
     (_, before, after, heading, places, whole) = no_sheets[0]
     assert (heading, places, whole) == ("step 1,200, 2 clips", [0, 4, 8, 0, 4, 8], quality)
     np.testing.assert_array_equal(before, to_uint8(shown[:, [0, 4, 8]]).reshape(6, *shown.shape[2:]))
-    np.testing.assert_array_equal(after, to_uint8(again[:, [0, 4, 8]]).reshape(6, *shown.shape[2:]))
+    np.testing.assert_array_equal(after, to_uint8(output[:, [0, 4, 8]]).reshape(6, *shown.shape[2:]))
 
 
 def test_a_reconstruction_that_is_not_a_number_is_refused(tmp_path, no_sheets):
-    shown, again = clips(1, 2)
-    again[0, 1, 3, 3, 0] = np.nan
+    shown, output = clips(1, 2)
+    output[0, 1, 3, 3, 0] = np.nan
     with pytest.raises(ValueError, match="frames hold NaN"):
-        keep_picture(tmp_path, 5, shown, again)
-    assert read_history(tmp_path).kept == []
+        save_snapshot(tmp_path, 5, shown, output)
+    assert read_history(tmp_path).snapshots == []
 
 
 def test_columns_have_nan_where_lines_have_nothing(tmp_path):
@@ -123,9 +123,9 @@ def test_columns_have_nan_where_lines_have_nothing(tmp_path):
 
 
 def test_psnr_of_batches_is_that_of_their_mse(run):
-    shown, again = clips(1, 2)
-    folder = run([{"step": 0, "mse": float(np.mean((shown - again) ** 2))}, {"step": 1, "mse": 0.0}])
-    np.testing.assert_allclose(read_history(folder).metrics["psnr"], [psnr(shown, again), math.inf], rtol=1e-5)
+    shown, output = clips(1, 2)
+    folder = run([{"step": 0, "mse": float(np.mean((shown - output) ** 2))}, {"step": 1, "mse": 0.0}])
+    np.testing.assert_allclose(read_history(folder).metrics["psnr"], [psnr(shown, output), math.inf], rtol=1e-5)
 
 
 RUNS = {
@@ -151,10 +151,8 @@ def test_report_is_drawn_of_a_run(name, run, tmp_path, monkeypatch):
     from matplotlib.image import imread
 
     leave, panels = RUNS[name]
-    folder, drawn = leave(run, tmp_path), []
-    monkeypatch.setattr(
-        "flax_vae.train.report_picture.draw_panel", lambda *args: drawn.append(curves.draw_panel(*args))
-    )
+    folder, drawn, draw_panel = leave(run, tmp_path), [], curves.draw_panel
+    monkeypatch.setattr(curves, "draw_panel", lambda *args: drawn.append(draw_panel(*args)))
     before = set(folder.iterdir())
     assert write_report(folder) == folder / "report.png"
     assert set(folder.iterdir()) - before == {folder / "report.png"}
@@ -176,7 +174,7 @@ def test_report_shows_input_and_reconstructions_of_six_steps(run, monkeypatch):
         [pixels for y, _, pixels in sorted(shown, key=lambda one: one[:2]) if y == row]
         for row in sorted({y for y, *_ in shown})
     ]
-    before, after = read_history(folder).kept[0].read()
+    before, after = read_history(folder).snapshots[0].read()
     for row, x, y in zip(rows, before, after, strict=True):
         assert len(row) == 7
         np.testing.assert_array_equal(row[0], x)
@@ -201,7 +199,7 @@ def test_steps_that_are_shown_are_ever_wider_apart(steps, chosen):
 
 def test_heading_says_what_was_trained_and_what_came_of_it(run):
     told = read_history(run(lines(60, skipped=(3, 4)), "stage1", pictures=[50]))
-    assert title(told) == "full model, trained on a $x^$ folder"
+    assert title(told) == "pyramid-flow model, trained on a $x^$ folder"
     assert list(settings(told)) == [
         "60 of 100,000 steps",
         "8 clips of 17 frames, 256 \N{MULTIPLICATION SIGN} 256",
@@ -212,7 +210,7 @@ def test_heading_says_what_was_trained_and_what_came_of_it(run):
     ]
     told.metrics["seconds"] = np.full(60, 192.0)
     found = {words: number for words, number, _ in numbers(told)}
-    assert found["PSNR of the clips below"] == f"{told.kept[-1].psnr:.2f} dB"
+    assert found["PSNR of the clips below"] == f"{told.snapshots[-1].psnr:.2f} dB"
     assert found["training"] == "3 h 12 min"
     assert found["not finite and skipped, marked red"] == "2"
 
@@ -226,22 +224,22 @@ def test_line_ignores_spikes_and_follows_the_first_fall():
     values = np.r_[np.geomspace(1, 0.01, 500), np.full(9500, 0.01)]
     values[::50] = np.nan
     values[1007::100] = 1e6
-    places, line = curves.smoothed(values)
-    assert len(places) <= curves.PLACES
+    places, line = curves.running_median(values)
+    assert len(places) <= curves.MAX_MEDIANS
     assert line[0] > 0.7
     assert line.max() < 1
     np.testing.assert_allclose(line[20:], 0.01)
-    np.testing.assert_array_equal(curves.smoothed(np.array([3.0, math.nan, 1, 2]))[1], [3, 1, 2])
+    np.testing.assert_array_equal(curves.running_median(np.array([3.0, math.nan, 1, 2]))[1], [3, 1, 2])
 
 
 def test_of_many_points_the_least_and_greatest_are_drawn():
     values = np.random.default_rng(0).normal(size=100_000)
     values[[70, 7_001, 70_003]] = [math.nan, 99, -99]
-    chosen = curves.thinned(values)
+    chosen = curves.subsampled(values)
     assert {7_001, 70_003} <= set(chosen)
-    assert curves.POINTS <= len(chosen) < curves.POINTS + 100
+    assert curves.MAX_POINTS <= len(chosen) < curves.MAX_POINTS + 100
     assert 70 not in chosen
-    assert list(curves.thinned(values[69:72])) == [0, 2]
+    assert list(curves.subsampled(values[69:72])) == [0, 2]
 
 
 def draw(panel, told):

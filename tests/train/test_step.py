@@ -14,7 +14,7 @@ from flax_vae.io.pixels import to_float
 from flax_vae.metrics.lpips import LPIPS
 from flax_vae.train.config import GanConfig, LossConfig, OptimizerConfig, TrainConfig
 from flax_vae.train.discriminator import PatchDiscriminator
-from flax_vae.train.optimizer import moved_average, optimizer, schedule, updates
+from flax_vae.train.optimizer import move_ema, optimizer, schedule, updates
 from flax_vae.train.step import Trainer, noise_key, pixels
 from tests.little import ONE_BLOCK
 
@@ -36,7 +36,7 @@ def promoting():
 
 
 def made(config=CONFIG, lpips=None):
-    """Gives a trainer of small models."""
+    """Returns a trainer of small models."""
     vae = CausalVideoVAE(ONE_BLOCK, rngs=nnx.Rngs(0))
     discriminator = PatchDiscriminator((4, 4), rngs=nnx.Rngs(1))
     return Trainer(config, vae, lpips, discriminator, compiler_options={"xla_backend_optimization_level": 0})
@@ -64,7 +64,7 @@ def differing(state, other):
     }
 
 
-CHANGING = {"parameters", "average", "optimizer", "discriminator", "discriminator_optimizer", "usual_logits"}
+CHANGING = {"parameters", "ema", "optimizer", "discriminator", "discriminator_optimizer", "ema_logits"}
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -89,11 +89,11 @@ def test_state_that_is_not_finite_spoils_nothing_else(trainer):
     before = copied(state)
     state, metrics = trainer.step(state, frames(), with_gan=True)
     assert not np.isfinite(metrics["total"])
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((state.average, state.discriminator)))
-    assert {"average", "optimizer", "discriminator"}.isdisjoint(differing(state, before))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((state.ema, state.discriminator)))
+    assert {"ema", "optimizer", "discriminator"}.isdisjoint(differing(state, before))
 
 
-def test_state_before_a_step_is_used_up(trainer):
+def test_state_before_a_step_is_donated(trainer):
     state = trainer.start()
     trainer.step(state, frames(), with_gan=True)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.parameters, state.optimizer, state.discriminator)))
@@ -118,7 +118,7 @@ def test_every_step_has_noise_of_its_own(trainer):
 def test_bfloat16_is_for_computing_and_not_for_weights(trainer):
     narrow = made(replace(CONFIG, precision="bfloat16"))
     (state, metrics), (_, exact) = (each.step(each.start(), frames(), with_gan=True) for each in (narrow, trainer))
-    assert {leaf.dtype for leaf in jax.tree.leaves((state.parameters, state.average, state.discriminator))} == {
+    assert {leaf.dtype for leaf in jax.tree.leaves((state.parameters, state.ema, state.discriminator))} == {
         np.dtype(np.float32)
     }
     for name in ("mse", "kl", "gradient_norm", "discriminator"):
@@ -126,10 +126,10 @@ def test_bfloat16_is_for_computing_and_not_for_weights(trainer):
         np.testing.assert_allclose(metrics[name], exact[name], rtol=0.03, err_msg=name)
 
 
-def test_averaged_weights_are_those_of_the_model_for_inference(trainer):
+def test_ema_weights_are_those_of_the_model_for_inference(trainer):
     state, _ = trainer.step(trainer.start(), frames(), with_gan=True)
-    vae = trainer.vae(state.average)
-    expected, found = jax.tree.leaves(state.average), jax.tree.leaves(nnx.state(vae, nnx.Param))
+    vae = trainer.vae(state.ema)
+    expected, found = jax.tree.leaves(state.ema), jax.tree.leaves(nnx.state(vae, nnx.Param))
     assert all(map(np.array_equal, found, expected))
 
 
@@ -221,8 +221,8 @@ def test_muon_goes_as_far_in_all_directions_and_leaves_vectors_to_adam():
     assert updates(state) == 1
 
 
-def test_average_moves_by_its_share():
-    average = moved_average({"a": jnp.array([1.0, 2.0])}, {"a": jnp.array([3.0, 2.0])}, jnp.float32(0.75))
-    np.testing.assert_allclose(average["a"], [1.5, 2.0])
-    kept = moved_average({"a": jnp.array([1.1, 2.0])}, {"a": jnp.array([3.0, 7.0])}, jnp.float32(1.0))
+def test_ema_moves_by_one_minus_its_decay():
+    ema = move_ema({"a": jnp.array([1.0, 2.0])}, {"a": jnp.array([3.0, 2.0])}, jnp.float32(0.75))
+    np.testing.assert_allclose(ema["a"], [1.5, 2.0])
+    kept = move_ema({"a": jnp.array([1.1, 2.0])}, {"a": jnp.array([3.0, 7.0])}, jnp.float32(1.0))
     np.testing.assert_array_equal(kept["a"], np.float32([1.1, 2.0]))
