@@ -6,7 +6,7 @@ Source: the layout and the behaviour of the public checkpoints.
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any, ClassVar, Self
@@ -27,7 +27,7 @@ from flax_vae.models.posterior import Latents
 from flax_vae.models.vae import VideoVAE
 
 MAX_BLOCKS, MAX_LAYERS, MAX_CHANNELS = 16, 64, 2**16
-RELEASED_GROUPS = 32  # of the norms, which no tensor tells
+RELEASED_GROUPS = 32  # of the norms, which the shapes of weights do not show
 _DOWN, _UP = "DownEncoderBlockCausal3D", "UpDecoderBlockCausal3D"
 _SIDES = (("encoder", "down", _DOWN), ("decoder", "up", _UP))
 
@@ -74,7 +74,7 @@ class CausalVideoVAEConfig(VAEConfig):
     downsample_scale: int = 8
 
     def __post_init__(self):
-        if problems := type_problems(self) or [*problems_of(self)]:  # values only where all types are right
+        if problems := type_problems(self) or problems_of(self):  # values only where all types are right
             raise ValueError("this config is not supported:\n  " + "\n  ".join(problems))
 
     @classmethod
@@ -99,17 +99,17 @@ class CausalVideoVAEConfig(VAEConfig):
 
     @property
     def latent_channels(self) -> int:
-        """Channels of a latent, half of what the encoder puts out."""
+        """Channels of a latent; the encoder's output has as many means and as many log variances."""
         return self.encoder_out_channels
 
     @property
     def spatial_factor(self) -> int:
-        """Pixels a latent spans in height and in width."""
+        """Pixels that a latent spans in height and in width."""
         return 2 ** sum(self.encoder_spatial_down_sample)
 
     @property
     def temporal_factor(self) -> int:
-        """Frames a latent spans, the first one apart."""
+        """Frames that a latent spans, except the first."""
         return 2 ** sum(self.encoder_temporal_down_sample)
 
     def describe(self) -> tuple[list[str], list[tuple[str, ...]]]:
@@ -124,7 +124,7 @@ class CausalVideoVAEConfig(VAEConfig):
     def from_shapes(cls, shapes: Mapping[str, Spec]) -> Self:
         """Reads the config off the names and shapes of weights; ValueError where they are not this model's.
 
-        No tensor tells the norms' groups: those of the released model are taken, with a warning.
+        Shapes do not show the norms' groups: those of the released model are taken, with a warning.
         """
         conv, given = "conv2.conv.weight", dict[str, Any]()  # one in each residual block, of its width
         try:
@@ -151,7 +151,7 @@ class CausalVideoVAEConfig(VAEConfig):
             raise ValueError(f"these are not the weights of a {cls.class_name}") from None
         config = cls(**given, encoder_out_channels=latents, decoder_in_channels=latents)
         warnings.warn(
-            f"the norms are taken to have {RELEASED_GROUPS} groups, as released: no tensor tells; give a config.json",
+            f"the norms are taken to have {RELEASED_GROUPS} groups, as released: no shape shows it; give a config.json",
             stacklevel=2,
         )
         return config
@@ -180,42 +180,42 @@ def narrow(widths: tuple[int, ...], groups: int, encoder_layers: int, decoder_la
     )
 
 
-def problems_of(config: CausalVideoVAEConfig) -> Iterator[str]:
-    """Yields what is wrong with each side's keys, where the sides do not fit, and what is not implemented."""
+def problems_of(config: CausalVideoVAEConfig) -> list[str]:
+    """Lists what is wrong with each side's keys, where the sides do not fit, and what is not implemented."""
+    sizes = config.sample_size, config.downsample_scale
+    latents, moments = config.decoder_in_channels, config.encoder_out_channels
+    down = sum(config.encoder_spatial_down_sample), sum(config.encoder_temporal_down_sample)
+    up = sum(config.decoder_spatial_up_sample), sum(config.decoder_temporal_up_sample)
+    checks = [
+        (min(sizes) < 1, "sample_size and downsample_scale must be at least 1, got {} and {}".format(*sizes)),
+        (not math.isfinite(config.scaling_factor), f"scaling_factor must be finite, got {config.scaling_factor}"),
+        (config.interpolate, "interpolate must be false: interpolating samplers are not implemented"),
+        (latents != moments, f"decoder_in_channels ({latents}) must equal encoder_out_channels ({moments})"),
+        (up != down, f"the decoder doubles space and time {up} times, but the encoder halves them {down} times"),
+    ]
     for side, direction, kind in _SIDES:
         values = {key.removeprefix(f"{side}_"): value for key, value in vars(config).items() if key.startswith(side)}
         widths, groups, layers = values["block_out_channels"], values["norm_num_groups"], values["layers_per_block"]
-        kinds = set(values[f"{direction}_block_types"])
-        if len(widths) > MAX_BLOCKS:
-            yield f"{side}: at most {MAX_BLOCKS} blocks, got {len(widths)}"
-        for key, value in values.items():
-            if isinstance(value, tuple) and len(value) != len(widths):
-                yield f"{side}_{key} must have {len(widths)} entries, one a block, got {len(value)}"
-        if kinds != {kind}:
-            yield f"{side}_*_block_types must be {kind}, got {', '.join(sorted(kinds))}"
-        if values["act_fn"] not in ("silu", "swish"):
-            yield f"{side}_act_fn must be 'silu', got {values['act_fn']!r}"
+        blocks, kinds, dropout = len(widths), set(values[f"{direction}_block_types"]), values["block_dropout"]
         counts = [values["in_channels"], values["out_channels"], groups, *widths]
-        if not all(0 < count <= MAX_CHANNELS for count in counts):
-            yield f"{side} channels and norm groups must be 1 to {MAX_CHANNELS}, got {counts}"
-        if not all(0 < count <= MAX_LAYERS for count in layers):
-            yield f"{side}_layers_per_block must be 1 to {MAX_LAYERS}, got {layers}"
-        if groups < 1 or any(width % groups for width in widths):
-            yield f"{side}_norm_num_groups ({groups}) must divide {widths}"
-        if not all(0 <= rate < 1 for rate in values["block_dropout"]):
-            yield f"{side}_block_dropout must be at least 0 and less than 1, got {values['block_dropout']}"
-    if min(sizes := (config.sample_size, config.downsample_scale)) < 1:
-        yield "sample_size and downsample_scale must be at least 1, got {} and {}".format(*sizes)
-    if not math.isfinite(config.scaling_factor):
-        yield f"scaling_factor must be finite, got {config.scaling_factor}"
-    if config.interpolate:
-        yield "interpolate must be false: interpolating samplers are not implemented"
-    if (into := config.decoder_in_channels) != (out := config.encoder_out_channels):
-        yield f"decoder_in_channels ({into}) must equal encoder_out_channels ({out})"
-    down = sum(config.encoder_spatial_down_sample), sum(config.encoder_temporal_down_sample)
-    up = sum(config.decoder_spatial_up_sample), sum(config.decoder_temporal_up_sample)
-    if up != down:
-        yield f"the decoder doubles space and time {up} times, but the encoder halves them {down} times"
+        is_counted = all(0 < count <= MAX_CHANNELS for count in counts)
+        is_layered = all(0 < count <= MAX_LAYERS for count in layers)
+        is_divided = groups > 0 and not any(width % groups for width in widths)
+        is_dropout = all(0 <= rate < 1 for rate in dropout)
+        checks += [
+            (blocks > MAX_BLOCKS, f"{side}: at most {MAX_BLOCKS} blocks, got {blocks}"),
+            (kinds != {kind}, f"{side}_*_block_types must be {kind}, got {', '.join(sorted(kinds))}"),
+            (values["act_fn"] not in ("silu", "swish"), f"{side}_act_fn must be 'silu', got {values['act_fn']!r}"),
+            (not is_counted, f"{side} channels and norm groups must be 1 to {MAX_CHANNELS}, got {counts}"),
+            (not is_layered, f"{side}_layers_per_block must be 1 to {MAX_LAYERS}, got {layers}"),
+            (not is_divided, f"{side}_norm_num_groups ({groups}) must divide {widths}"),
+            (not is_dropout, f"{side}_block_dropout must be at least 0 and less than 1, got {dropout}"),
+        ]
+        lists = {key: len(value) for key, value in values.items() if isinstance(value, tuple)}
+        checks += [
+            (n != blocks, f"{side}_{key} must have {blocks} entries, one a block, got {n}") for key, n in lists.items()
+        ]
+    return [message for is_wrong, message in checks if is_wrong]
 
 
 def resnet_blocks(channels: int, out_channels: int, num_layers: int, *args, rngs: nnx.Rngs) -> nnx.List:
@@ -369,9 +369,9 @@ class CausalVideoVAE(VideoVAE):
         self.post_quant_conv = CausalConv3d(z, z, 1, rngs=rngs)
 
     def after_encoder(self, moments: Latents) -> Latents:
-        """Maps what the encoder gives to moments, by a 1x1x1 convolution."""
+        """Maps the encoder's output to moments by a 1x1x1 convolution."""
         return self.quant_conv(moments, ())[0]
 
     def before_decoder(self, z: Latents) -> Latents:
-        """Maps latents to what the decoder takes, by a 1x1x1 convolution."""
+        """Maps latents to the decoder's input by a 1x1x1 convolution."""
         return self.post_quant_conv(z, ())[0]

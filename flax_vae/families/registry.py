@@ -122,7 +122,7 @@ def read_config(source: Checkpoint) -> VAEConfig:
             return config
     raise FileNotFoundError(
         f"no {CONFIG_FILE} beside the weights in {source.directory}, and their names and shapes are not those of "
-        f"{', '.join(FAMILIES)}: add it, or pass a config"
+        f"{', '.join(FAMILIES)}: add it or pass a config"
     )
 
 

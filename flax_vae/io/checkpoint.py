@@ -56,9 +56,7 @@ class Checkpoint:
     def config(self) -> dict[str, Any]:
         """Returns the contents of config.json; FileNotFoundError where there is none."""
         if not self.has_config():
-            raise FileNotFoundError(
-                f"no {CONFIG_FILE} beside the weights in {self.directory}: add it, or pass a config"
-            )
+            raise FileNotFoundError(f"no {CONFIG_FILE} beside the weights in {self.directory}: add it or pass a config")
         return read_json(self.directory / CONFIG_FILE)
 
     def shapes(self) -> dict[str, Spec]:
@@ -153,7 +151,7 @@ def save(path: str | os.PathLike, config: Mapping[str, Any], tensors: Tensors) -
 
     Args:
       path: the directory.
-      config: the contents of config.json.
+      config: contents of config.json.
       tensors: the weights, read one at a time.
 
     Raises:

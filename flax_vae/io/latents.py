@@ -62,7 +62,6 @@ def write_latents(
     """Writes latents (1, t, h, w, z); the file takes its name when it is complete.
 
     Args:
-      path: the file.
       about: what all files of the clip say of it.
       mean, logvar: the posterior.
       frames: number of frames that these latents stand for.

@@ -68,8 +68,8 @@ def dotted(path: tuple[Any, ...]) -> str:
 def named_tensors(module: nnx.Module, state: nnx.State | None = None) -> Arrays:
     """Returns a module's parameters in its first layout and torch's axis order, each converted when it is read.
 
-    With `state`, such as gradients, its values take the place of the parameters; ValueError unless its paths are
-    exactly the module's.
+    With `state`, such as gradients, its values replace the parameters; ValueError unless its paths are exactly the
+    module's.
     """
     layout = next(iter(layouts_of(module).values()))
     ours = {layout(key): parameter for key, parameter in parameters(module).items()}

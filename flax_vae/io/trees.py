@@ -18,7 +18,6 @@ def save_tree(path: PathLike, tree: Any, about: Mapping[str, str] | None = None)
     """Writes nested tuples of floating-point arrays, or None; the file takes its name when it is complete.
 
     Args:
-      path: the file.
       tree: the tuples.
       about: texts by name, for the header.
 

@@ -23,7 +23,6 @@ def join(path: PathLike, pieces: Sequence[Path], fps: Fraction, sound: PathLike 
     """Writes pieces of a video as one; the file takes its name when it is complete.
 
     Args:
-      path: the file.
       pieces: files of one kind of `VideoWriter`.
       fps: their frames per second.
       sound: a file whose sound tracks go with them, up to the end of the pictures: as they are, or as AAC where players

@@ -53,7 +53,6 @@ def read_frames(
     state its length (.ts, .gif).
 
     Args:
-      path: the file.
       size: (height, width); frames are scaled to cover it and centre-cropped, or only cropped, which keeps them sharp,
         where both sides are larger by under a sixteenth. None: all get the size of the first. Pixel aspect is ignored.
       frames: number to read at most.
@@ -90,7 +89,6 @@ def draw_frames(
     """Reads frames from anywhere in a clip, as uint8 (T, H, W, 3), upright.
 
     Args:
-      path: the file.
       frames: number of frames.
       size: (height, width); frames are scaled to cover it, and cropped.
       moment: 0 for the first frames, near 1 for the last ones.

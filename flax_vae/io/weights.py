@@ -137,7 +137,6 @@ def write_safetensors(path: Path, tensors: Tensors, metadata: Mapping[str, str] 
     """Writes tensors as safetensors, one at a time; the library would need all of them in memory at once.
 
     Args:
-      path: the file.
       tensors: read in the order of the file.
       metadata: texts by name, for the header.
     """

@@ -31,7 +31,6 @@ def contact_sheet(
     One or two upright frames stand side by side, others in three rows.
 
     Args:
-      path: the file.
       inputs, outputs: (T, H, W, 3), uint8 or floats in [-1, 1].
       title: a heading.
       numbers: those of the frames in their clip, where they are samples of it.

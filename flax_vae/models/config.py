@@ -24,7 +24,7 @@ class VAEConfig:
         "by_chunk", the family's own chunks are part of the function; "whole", no chunks.
       rounding: how latents count rows and columns that do not fill one: "up", "down", or "exact" where they must.
       pixel_channels, latent_channels: channels of a pixel and of a latent.
-      temporal_factor, spatial_factor: frames that a latent spans, the first one apart; pixels on each side.
+      temporal_factor, spatial_factor: frames that a latent spans, except the first; pixels on each side.
       sample_size: rows and columns of the clip that `flax-vae info` shows the latents of.
     """
 
@@ -46,11 +46,8 @@ class VAEConfig:
             raise ValueError(f"a config must be an object of keys and values, got {type(values).__name__}")
         if not all(isinstance(key, str) for key in values):
             raise ValueError(f"config keys must be strings, got {', '.join(map(repr, values))}")
-        name = values.get("_class_name", cls.class_name)
-        if name != cls.class_name:
-            raise ValueError(
-                f"_class_name is {name!r}: this is the config of another model, expected {cls.class_name!r}"
-            )
+        if (name := values.get("_class_name", cls.class_name)) != cls.class_name:
+            raise ValueError(f"_class_name is {name!r}, that of another model: expected {cls.class_name!r}")
         if unknown := sorted(key for key in values if key not in cls.public_keys() and not key.startswith("_")):
             raise ValueError(f"unknown config keys: {', '.join(unknown)}; a config.json has no such settings")
         given = {key: tuple(x) if isinstance(x := values[key], list) else x for key in cls.public_keys() & set(values)}

@@ -79,7 +79,7 @@ def write_source(path, codec, frames=60, flash=33, fps=25, delay=0.0, tracks=1, 
 
 
 def hear(path, track=0):
-    """Gives the second of the click, how many seconds of sound there are, and where the sound starts."""
+    """Returns the second of the click, how many seconds of sound there are, and where the sound starts."""
     click = loudest = count = 0
     start = None
     with av.open(str(path)) as container:
@@ -97,7 +97,7 @@ def hear(path, track=0):
 
 
 def see(path):
-    """Gives the second at which the white frame is shown, and that of the first frame."""
+    """Returns the second at which the white frame is shown, and that of the first frame."""
     with av.open(str(path)) as container:
         times = [(frame.to_ndarray(format="gray").mean(), frame.time) for frame in container.decode(video=0)]
     return max(times)[1], times[0][1]

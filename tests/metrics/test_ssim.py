@@ -13,7 +13,7 @@ filters = pytest.importorskip("scipy.ndimage", reason="the reference for SSIM ne
 
 
 def frames(seed=0, shape=(2, 3, 24, 33, 3)):
-    """Gives smooth uint8 clips, and the same with noise of another strength in each frame."""
+    """Returns smooth uint8 clips, and the same with noise of another strength in each frame."""
     random = np.random.default_rng(seed)
     smooth = filters.gaussian_filter(random.normal(size=shape), (0, 0, 2, 2, 0)) * 300 + 120
     strength = np.linspace(1, 60, shape[1]).reshape(1, -1, 1, 1, 1)
@@ -22,7 +22,7 @@ def frames(seed=0, shape=(2, 3, 24, 33, 3)):
 
 
 def by_formula(a, b, blur, unbiased=1.0):
-    """Gives the SSIM of two uint8 frames (H, W, C) in float64, with the windows of `blur`."""
+    """Returns the SSIM of two uint8 frames (H, W, C) in float64, with the windows of `blur`."""
     a, b = a.astype(float), b.astype(float)
     mean_a, mean_b = blur(a), blur(b)
     variances = unbiased * (blur(a * a) - mean_a**2 + blur(b * b) - mean_b**2)
@@ -97,7 +97,7 @@ def test_ssim_of_small_or_unlike_frames_is_refused(shape, other):
 
 
 def patterned(length, factor, chunk, slope=0.05):
-    """Gives a PSNR that rises, with a pattern in every latent, and a first frame of its own; no seam."""
+    """Returns a PSNR that rises, with a pattern in every latent, and a first frame of its own; no seam."""
     pattern = np.random.default_rng(factor).normal(size=factor)
     return np.array([40.0, *(30 + slope * i + pattern[i % factor] for i in range(length - 1))])
 

@@ -15,7 +15,7 @@ from flax_vae.models.statistics import LatentStatistics, Moments
 
 
 def draw(seed, t, b=1, z=3):
-    """Gives mean and logvar of latents whose channels have spreads and places of their own."""
+    """Returns mean and logvar of latents whose channels have spreads and places of their own."""
     rng = np.random.default_rng(seed)
     spread, place = np.array([0.1, 3.0, 40.0])[:z], np.array([500.0, -2.0, 0.0])[:z]
     mean = rng.standard_normal((b, t, 3, 2, z)) * spread + place
@@ -23,7 +23,7 @@ def draw(seed, t, b=1, z=3):
 
 
 def expected(clips, cut):
-    """Gives mean and std by channel over all latents of one kind: that of the means, and the posterior's own added."""
+    """Returns mean and std by channel over all latents of one kind: std of the means, and the posterior's own."""
     mean = np.concatenate([mean[:, cut].reshape(-1, mean.shape[-1]) for mean, _ in clips]).astype(np.float64)
     own = np.concatenate([np.exp(logvar[:, cut].reshape(-1, logvar.shape[-1]).astype(float)) for _, logvar in clips])
     return mean.mean(0), np.sqrt(mean.var(0) + own.mean(0))

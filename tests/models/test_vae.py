@@ -15,6 +15,7 @@ from flax import nnx
 
 from flax_vae import CausalVideoVAE, CausalVideoVAEConfig
 from flax_vae.families.pyramid import narrow
+from flax_vae.models.vae import fit_frames
 
 hypothesis = pytest.importorskip("hypothesis")
 given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
@@ -46,7 +47,7 @@ def build(config=CONFIG):
 
 
 def cast(vae, dtype):
-    """Gives the same model with weights of another dtype."""
+    """Returns the same model with weights of another dtype."""
     graph, state = nnx.split(vae)
     return nnx.merge(graph, jax.tree.map(lambda leaf: leaf.astype(dtype), state))
 
@@ -192,7 +193,7 @@ def loss(vae, x):
 
 @pytest.fixture(scope="module")
 def training(vae, noise, jit):
-    """Gives a clip, its loss and the gradients."""
+    """Returns a clip, its loss and the gradients."""
     x = video(noise, frames=5, height=8, width=8)
     return x, *jit(nnx.value_and_grad(loss), vae)(x)
 
@@ -242,6 +243,14 @@ def test_every_block_has_the_dropout_the_config_says():
 
 def test_model_without_dropout_carries_no_random_state(vae):
     assert not jax.tree.leaves(nnx.state(vae, nnx.RngState))
+
+
+@settings(max_examples=15)
+@given(frames=st.integers(1, 9), wanted=st.integers(0, 12))
+def test_fitting_frames_cuts_or_repeats_the_last(frames, wanted):
+    x = np.arange(2.0 * frames * 3).reshape(2, frames, 3)
+    kept = np.minimum(np.arange(wanted), frames - 1)
+    assert np.array_equal(fit_frames(x, wanted), x[:, kept])
 
 
 def zeros(*shape, dtype="float64"):
