@@ -37,7 +37,7 @@ from flax_vae.io.files import replacing
 from flax_vae.jobs.screen import note
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "numpy")
-BUSY = 0.5  # load average; most of all torch suffers, whose threads wait for each other
+MAX_LOAD = 0.5  # average; most of all torch suffers from more, as its threads wait for each other
 PRECISIONS: dict[Device, tuple[Precision, ...]] = {"cpu": ("float32",), "gpu": ("tf32", "bfloat16")}
 SIZES: dict[Device, tuple[str, ...]] = {"cpu": ("9x64", "17x64", "9x128"), "gpu": ("9x256", "17x256", "9x512")}
 
@@ -73,7 +73,7 @@ def main() -> None:
     options = tyro.cli(Options, prog="python -m benchmarks", description=__doc__, default=defaults)
     rows = list(rows_of(options))
     options.out.mkdir(parents=True, exist_ok=True)
-    if os.getloadavg()[0] > BUSY:
+    if os.getloadavg()[0] > MAX_LOAD:
         note(f"load average {os.getloadavg()[0]:.1f}: something else is running, and slows some ways more than others")
     with open(options.out / "workers.log", "wb") as log:
         run(options, rows, log)
@@ -117,7 +117,7 @@ def rows_of(options: Options) -> Iterator[Row]:
 
 
 def precisions(options: Options) -> tuple[Precision, ...]:
-    """Gives the precisions asked for, or those usual on the device."""
+    """Returns the precisions asked for, or those usual on the device."""
     return options.precision or PRECISIONS[options.device]
 
 
@@ -161,7 +161,7 @@ def keep(kept: Measured, found: Found, path: Path) -> None:
 
 
 def max_rate(rates: Measured) -> float:
-    """Gives the rate of matmuls in the framework that is the faster at them."""
+    """Returns the rate of matmuls in the framework that is the faster at them."""
     return max(rates[OURS], rates["torch"])
 
 

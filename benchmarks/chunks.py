@@ -33,7 +33,7 @@ NOTES = """
 
 
 def ways_to_decode(preset: Preset, latents: np.ndarray, chunks: tuple[int, ...]) -> dict[str, Way]:
-    """Gives functions that decode the latents (1, t, h, w, z) all of them with the same weights."""
+    """Returns functions that decode the latents (1, t, h, w, z) all of them with the same weights."""
     vae = flax_model(preset)
     structure, state = nnx.split(vae)
 
@@ -56,7 +56,7 @@ def ways_to_decode(preset: Preset, latents: np.ndarray, chunks: tuple[int, ...])
 
 
 def in_torch(preset: Preset, vae: Any, latents: np.ndarray, layout: torch.memory_format) -> Way:
-    """Gives a function that decodes with torch_ref, eagerly, in a memory layout."""
+    """Returns a function that decodes with torch_ref, eagerly, in a memory layout."""
     model, z = torch_model(preset), to_torch(latents).contiguous(memory_format=layout)
     weights = {key: torch.from_numpy(value) for key, value in port.torch_layout(vae).items()}
     kernels = {key: w.contiguous(memory_format=layout) for key, w in weights.items() if w.ndim == 5}

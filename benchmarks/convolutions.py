@@ -34,12 +34,12 @@ class Convolution:
 
     @classmethod
     def read(cls, described: dict[str, Any]) -> Convolution:
-        """Gives the convolution that JSON describes."""
+        """Returns the convolution that JSON describes."""
         return cls(**{key: tuples(value) for key, value in described.items()})
 
     @property
     def name(self) -> str:
-        """Names it by its clip, its channels, its kernel, and its stride where there is one."""
+        """Its clip, channels, kernel, and stride where there is one."""
         frames, height, width = self.clip[1:4]
         stride = f" / {'x'.join(map(str, self.stride))}" if max(self.stride) > 1 else ""
         kernel = "x".join(map(str, self.kernel[:3]))
@@ -47,12 +47,12 @@ class Convolution:
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """Gives what a gradient through the model computes."""
+        """The parts that a gradient through the model computes."""
         return tuple(part for part in PARTS if part != "by input" or self.needs_input_gradient)
 
 
 def tuples(value: Any) -> Any:
-    """Makes lists within lists tuples."""
+    """Turns nested lists into tuples."""
     return tuple(map(tuples, value)) if isinstance(value, list | tuple) else value
 
 
@@ -69,9 +69,10 @@ def convolutions_of(preset: Preset, frames: int, size: int) -> list[Convolution]
             traced = jax.make_jaxpr(function)(state, *inputs)
         for equation, _ in equations(traced.jaxpr):
             if equation.primitive.name == "conv_general_dilated":
-                shapes = [each.aval.shape for each in (*equation.invars, *equation.outvars)]
-                asked = equation.params["window_strides"], equation.params["padding"]
-                found.append(Convolution(*tuples([*shapes, *asked]), bool(found)))  # no gradient is by the clip itself
+                clip, kernel, outputs = (each.aval.shape for each in (*equation.invars, *equation.outvars))
+                stride, padding = tuples(equation.params["window_strides"]), tuples(equation.params["padding"])
+                # The first convolution needs no gradient by its input, which is the clip itself.
+                found.append(Convolution(clip, kernel, outputs, stride, padding, needs_input_gradient=bool(found)))
     return found
 
 
@@ -90,7 +91,7 @@ def equations(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
 def ready_part(
     way: str, convolution: Convolution, part: Part, device: Device, precision: Precision
 ) -> Callable[[], Any]:
-    """Makes a convolution or one of its gradients ready, in flax_vae or in a layout of torch."""
+    """Prepares a convolution or one of its gradients, in flax_vae or in a layout of torch."""
     rng = np.random.default_rng(0)
     values = [random_values(rng, shape) for shape in (convolution.clip, convolution.kernel, convolution.outputs)]
     if way == OURS:
@@ -121,7 +122,7 @@ def flax_part(convolution: Convolution, part: Part, values: list[np.ndarray], dt
 def torch_part(
     convolution: Convolution, part: Part, values: list[np.ndarray], place: dict[str, Any]
 ) -> Callable[[], Any]:
-    """Gives the same of torch, which pads the clip before it convolves, as torch_ref does."""
+    """Returns the same for torch, which pads the clip before it convolves, as torch_ref does."""
     import torch
     import torch.nn.functional as F
 

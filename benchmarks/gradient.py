@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -14,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from benchmarks.subjects import Preset, config, machine
-from flax_vae import CausalVideoVAE
+from benchmarks.subjects import Preset, config, machine, memory_of
+from flax_vae.families import registry
+from flax_vae.layers.sequence import Execution
 from flax_vae.runtime.compiler_options import order_for_memory
 from flax_vae.runtime.memory import tree_bytes
 
@@ -27,20 +27,21 @@ NOTES = """
 
 
 def scratch_bytes(preset: Preset, frames: int, size: int, chunk: int | None, remat: bool) -> int:
-    """Compiles the gradient, and gives the bytes of its temporaries."""
-    settings = dataclasses.replace(config(preset), remat=remat)
-    vae = nnx.eval_shape(lambda: CausalVideoVAE(settings, rngs=nnx.Rngs(0)))
+    """Compiles the gradient, and returns the bytes of its temporaries."""
+    vae = registry.abstract(config(preset))
+    vae.execution = Execution(remat=remat)
     vae.eval()
+    factor = vae.config.temporal_factor
     structure, parameters, rest = nnx.split(vae, nnx.Param, ...)
 
     def loss(parameters, rest, video):
         vae = nnx.merge(structure, parameters, rest)
         latents = vae.encode(video, chunk).mode()
-        return jnp.square(vae.decode(latents, chunk and chunk // settings.temporal_factor) - video).mean()
+        return jnp.square(vae.decode(latents, chunk and chunk // factor) - video).mean()
 
     video = jax.ShapeDtypeStruct((1, frames, size, size, 3), jnp.float32)
     program = jax.jit(jax.grad(loss)).lower(parameters, rest, video).compile()
-    return program.memory_analysis().temp_size_in_bytes
+    return memory_of(program).temp_size_in_bytes
 
 
 def main(config: Preset = "tiny", frames: int = 17, size: int = 64, chunks: tuple[int, ...] = (8, 16)) -> None:
@@ -68,8 +69,7 @@ def main(config: Preset = "tiny", frames: int = 17, size: int = 64, chunks: tupl
 
 def weights_bytes(preset: Preset) -> int:
     """Counts the bytes of a model's weights."""
-    vae = nnx.eval_shape(lambda: CausalVideoVAE(config(preset), rngs=nnx.Rngs(0)))
-    return tree_bytes(nnx.state(vae, nnx.Param))
+    return tree_bytes(nnx.state(registry.abstract(config(preset)), nnx.Param))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ DRAWN = 16  # convolutions in the picture
 NOTES = """
 - Milliseconds of all convolutions of a row together, flax_vae / torch in the faster of its two layouts; medians of
   {rounds} rounds. Torch pads the clip before it convolves. The rows are sorted by what flax_vae takes more than torch.
-- rest: what the gradient as a whole takes beyond its convolutions: norms, silus, attention, and what is computed again.
+- rest: what the gradient as a whole takes beyond its convolutions: norms, silus, attention, and what is recomputed.
   It can be negative: a large convolution by itself has pages of memory cleared that a whole program has already.
 """
 
@@ -46,7 +46,7 @@ class Timed:
     seconds: dict[Part, dict[str, float]]
 
     def taken(self, part: Part) -> tuple[float, float]:
-        """Gives the seconds of a part in all of them: of flax_vae, and of torch in its faster layout; 0 where none."""
+        """Returns the seconds of a part in all of them: of flax_vae, and of torch in its faster layout; 0 for none."""
         found = self.seconds.get(part)
         if found is None:
             return 0.0, 0.0
@@ -54,12 +54,12 @@ class Timed:
 
     @property
     def behind(self) -> float:
-        """Gives the seconds that flax_vae takes more than torch."""
+        """The seconds that flax_vae takes more than torch."""
         return sum(ours - torch for ours, torch in map(self.taken, PARTS))
 
     @property
     def total(self) -> float:
-        """Gives the seconds of flax_vae and of torch together."""
+        """The seconds of flax_vae and of torch together."""
         return sum(ours + torch for ours, torch in map(self.taken, PARTS))
 
 
@@ -117,13 +117,15 @@ def timed(row: Row, rounds: int, device: Device, log: IO[bytes]) -> list[Timed]:
         }
         for index, (convolution, count) in enumerate(counts.items()):
             note(f"[{index + 1}/{len(counts)}] {convolution.name}")
-            seconds = {part: part_seconds(workers, [index, part], rounds) for part in convolution.parts}
+            seconds: dict[Part, dict[str, float]] = {
+                part: part_seconds(workers, [index, part], rounds) for part in convolution.parts
+            }
             found.append(Timed(convolution, count, seconds))
     return found
 
 
 def part_seconds(workers: dict[str, Worker], asked: list[Any], rounds: int) -> dict[str, float]:
-    """Gives the median seconds of a part by way; the first call of each makes it ready, and counts for nothing."""
+    """Returns the median seconds of a part by way; the first call, which compiles, does not count."""
     for worker in workers.values():
         worker.go(asked)
     times = [{way: worker.go(asked) for way, worker in workers.items()} for _ in range(rounds)]
@@ -131,7 +133,7 @@ def part_seconds(workers: dict[str, Worker], asked: list[Any], rounds: int) -> d
 
 
 def gradient_seconds(row: Row, rounds: int, device: Device, log: IO[bytes]) -> dict[str, float]:
-    """Gives the median seconds of the gradient as a whole by way."""
+    """Returns the median seconds of the gradient as a whole by way."""
     note("the gradient as a whole")
 
     def start(way: str) -> Worker:
@@ -145,7 +147,7 @@ def gradient_seconds(row: Row, rounds: int, device: Device, log: IO[bytes]) -> d
 
 
 def table(found: Sequence[Timed], whole: dict[str, float]) -> str:
-    """Gives a row for each convolution, their sum, and what the gradient as a whole takes beside it."""
+    """Returns a row for each convolution, their sum, and what the gradient as a whole takes beside it."""
     columns = ["", "count", *PARTS, "behind"]
     lines = [line(columns), f"|---|{'---:|' * (len(columns) - 1)}"]
     for each in found:

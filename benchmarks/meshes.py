@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def results(clip: Any, text: str | None) -> tuple[list[Any], list[Any], list[Any]]:
-    """Gives latents and video; the losses of a step; the gradients, of which AdamW's first moments are equal shares."""
+    """Returns latents and video, the losses of a step, and the gradients, by AdamW's first moments: a share of them."""
     import jax
     from flax import nnx
 
@@ -77,15 +77,16 @@ def results(clip: Any, text: str | None) -> tuple[list[Any], list[Any], list[Any
     vae = wide(CausalVideoVAE(model, rngs=nnx.Rngs(0)))
     posterior = sharded.encode(vae, clip, mesh)
     forward = [posterior.mean, posterior.logvar, sharded.decode(vae, posterior.mean, mesh)]
-    lpips, judge = wide(LPIPS((16,) * 5, rngs=nnx.Rngs(1))), wide(PatchDiscriminator((4, 6, 8), rngs=nnx.Rngs(2)))
-    trainer = Trainer(config, vae, lpips, judge, compiler_options=FAST, mesh=mesh)
+    lpips = wide(LPIPS((16,) * 5, rngs=nnx.Rngs(1)))
+    discriminator = wide(PatchDiscriminator((4, 6, 8), rngs=nnx.Rngs(2)))
+    trainer = Trainer(config, vae, lpips, discriminator, compiler_options=FAST, mesh=mesh)
     state, metrics = trainer.step(trainer.start(), clip, with_gan=True)
     gradients = jax.tree.leaves([state.optimizer[1].mu, state.discriminator_optimizer[1].mu])
     return jax.device_get((forward, [metrics[name] for name in sorted(metrics)], gradients))
 
 
 def wide(module: Any) -> Any:
-    """Gives a module with ten times its random weights, which then matter, in float64."""
+    """Returns a module with ten times its random weights, which then matter, in float64."""
     import jax
     from flax import nnx
 
@@ -94,7 +95,7 @@ def wide(module: Any) -> Any:
 
 
 def difference(found: list[Any], expected: list[Any]) -> float:
-    """Gives the largest difference of arrays, each relative to the largest value of its own.
+    """Returns the largest difference of arrays, each relative to the largest value of its own.
 
     What is zero but for rounding, as the gradient by a bias that the next norm takes out again, is relative to that of
     all arrays.

@@ -4,7 +4,7 @@ import tyro
 
 
 def usual(of_cpu: str, of_gpu: str) -> object:
-    """Tells in `--help` what is taken where nothing is given."""
+    """Returns the words of `--help` for the defaults on each device."""
     return tyro.conf.arg(help_behavior_hint=f"(default: {of_cpu} on a cpu, {of_gpu} on a gpu)")
 
 

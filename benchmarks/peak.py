@@ -24,14 +24,14 @@ def status(file: str, field: str) -> int:
 
 
 def free_bytes() -> int:
-    """Gives nine tenths of the memory that can be had without swapping."""
+    """Returns nine tenths of the memory that is available without swapping."""
     from flax_vae.runtime.memory import cgroup_limits
 
     return min([status("/proc/meminfo", "MemAvailable"), *cgroup_limits()]) * 9 // 10
 
 
 def loaded_bytes() -> int:
-    """Forgets the peak so far and gives what is resident: called once the model is loaded."""
+    """Resets the peak and returns the resident bytes; to be called once the model is loaded."""
     gc.collect()
     with contextlib.suppress(OSError):  # where the peak cannot be reset, that of loading counts too
         Path("/proc/self/clear_refs").write_text("5")
@@ -39,13 +39,13 @@ def loaded_bytes() -> int:
 
 
 def peak_above(loaded: int) -> dict[str, int]:
-    """Gives the peak of the process, and how much of it came on top of what had been loaded."""
+    """Returns the peak of the process, and how much of it came on top of what had been loaded."""
     peak = status("/proc/self/status", "VmHWM")
     return {"peak": peak, "above": peak - loaded}
 
 
 def stream_row(job: Job, preset: Preset, latents: int, height: int, width: int) -> dict[str, int]:
-    """Tells what a stream takes from what is compiled; runs it where there is so much."""
+    """Measures a stream: the bytes that its step tells, and the peak of a run where that much is free."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -70,7 +70,7 @@ def stream_row(job: Job, preset: Preset, latents: int, height: int, width: int) 
 
 
 def whole_row(job: Job, preset: Preset, latents: int, height: int, width: int) -> dict[str, int]:
-    """Tells what a clip as a whole takes from what is compiled; runs it where there is so much."""
+    """Measures a whole clip: the bytes that its program tells, and the peak of a run where that much is free."""
     import jax
     from flax import nnx
 

@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def found(commands: Sequence[str], path: Path, at_once: int) -> dict[str, Report]:
-    """Gives the reports of commands, by these; those that are not kept at `path` are compiled, and kept."""
+    """Returns the reports by their commands; those that are not in the file `path` are compiled and added to it."""
     kept = [read(values) for values in json.loads(path.read_text())] if path.exists() else []
     asked = {words: requested(words) for words in commands}
     missing = [request for request in asked.values() if all(report.request != request for report in kept)]
@@ -74,17 +74,17 @@ def requested(words: str) -> Request:
 
 
 def read(values: dict[str, Any]) -> Report:
-    """Makes a report of its JSON."""
+    """Builds a report from its JSON."""
     return Report(**{**values, "request": Request(**values["request"])})
 
 
 def exchanged(report: Report) -> int:
-    """Adds up the bytes that a chip gets from others."""
+    """Sums the bytes that a chip receives from others."""
     return sum(entry["bytes"] for entry in report.collectives or ())
 
 
 def plan_table(reports: dict[str, Report]) -> str:
-    """Gives a row for each plan, in Markdown."""
+    """Returns a row for each plan, in Markdown."""
     lines = ["| flax-vae plan | memory | flops | bytes | exchanged | at least |"]
     lines += ["|---|---:|---:|---:|---:|---:|"]
     for words, report in reports.items():
@@ -99,7 +99,7 @@ def plan_table(reports: dict[str, Report]) -> str:
 
 
 def scaling_table(reports: dict[int, Report]) -> str:
-    """Gives a row for each number of chips, in Markdown; all is of one chip."""
+    """Returns a row for each number of chips, in Markdown; all is of one chip."""
     lines = ["| chips | memory | flops | bytes | exchanged | flops take | memory takes | exchanges take |"]
     lines += ["|---:|---:|---:|---:|---:|---:|---:|---:|"]
     for chips, report in reports.items():

@@ -24,8 +24,8 @@ Precision = Literal["float32", "tf32", "bfloat16"]
 Task = Literal["encode", "decode", "gradient", "train"]
 Way = Literal["eager", "channels_last_3d", "compile", "compile+channels_last_3d", "plain"]
 OURS, PLAIN = "flax_vae", "plain"
-PATIENCE = 3600  # seconds after which a process that does not answer is given up
-REST = 0.05  # seconds between turns, as threads that have nothing to do go on spinning for a while
+MAX_WAIT_SECONDS = 3600  # for an answer of a process
+PAUSE_SECONDS = 0.05  # between turns, as idle threads go on spinning for a while
 Measured = dict[str, Any]  # what is known of a way, or of all ways of a row, as the JSON has it
 
 
@@ -50,7 +50,7 @@ class Failed(Exception):
 
 
 class Runner(Protocol):
-    """A way that has been started: says what making ready took, then with each go the seconds of a call."""
+    """A way that has been started: answers what making it ready took, then with each go the seconds of a call."""
 
     def answer(self) -> Measured: ...
 
@@ -78,13 +78,13 @@ class Worker:
     def answer(self) -> Measured:
         """Waits for the next line; raises Failed for an error, for silence, and when the process has ended."""
         assert self._process.stdout is not None
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + MAX_WAIT_SECONDS
         while self._process.poll() is None and time.monotonic() < deadline:
             if select.select([self._process.stdout], [], [], 1)[0]:
                 break
         else:
             if self._process.poll() is None:
-                raise Failed(f"{self._name}: gave no answer within {PATIENCE} seconds")
+                raise Failed(f"{self._name}: gave no answer within {MAX_WAIT_SECONDS} seconds")
         line = self._process.stdout.readline()
         answer = json.loads(line) if line else {"error": ended(self._process.wait())}
         if "error" in answer:
@@ -92,9 +92,9 @@ class Worker:
         return answer
 
     def go(self, asked: Any = None) -> float:
-        """Has the process call its task once, or what it is asked for; gives the seconds."""
+        """Has the process call its task once, or the part that is asked for; returns the seconds."""
         assert self._process.stdin is not None
-        time.sleep(REST)
+        time.sleep(PAUSE_SECONDS)
         with contextlib.suppress(BrokenPipeError):  # the process has ended, as `answer` will say
             self._process.stdin.write(json.dumps(asked).encode() + b"\n")
         return self.answer()["seconds"]
@@ -107,7 +107,7 @@ class Worker:
 
 
 def ended(code: int) -> str:
-    """Says how a process has ended."""
+    """Returns in words how a process has ended."""
     if code == -signal.SIGKILL:
         return "its process was killed, as the system does when memory runs out"
     return f"its process ended with {signal.Signals(-code).name if code < 0 else f'exit code {code}'}, see workers.log"
@@ -125,7 +125,7 @@ def worker(name: str, request: Measured, device: Device, log: IO[bytes]) -> Work
 
 
 def asked(name: str, request: Measured, device: Device, log: IO[bytes]) -> Measured:
-    """Gives the one answer of a process of benchmarks.worker."""
+    """Returns the one answer of a process of benchmarks.worker."""
     with contextlib.closing(worker(name, request, device, log)) as process:
         return process.answer()
 
@@ -137,10 +137,17 @@ def compared(
     note: Callable[[str], None],
     free: Callable[[], int] | None = None,
 ) -> Measured:
-    """Measures flax_vae and, one after the other, each other way beside it; gives what was found by way.
+    """Measures flax_vae and, one after the other, each other way beside it.
 
-    A way that fails has an error in place of times; where flax_vae fails nothing else is measured. `free` tells how
-    many bytes of memory are left beside both.
+    Args:
+      ways: what flax_vae is compared with.
+      rounds: how often both are timed.
+      start: starts a way.
+      note: prints what was found so far.
+      free: returns the bytes of memory that are left beside both.
+
+    Returns:
+      What was found, by way. A way that fails has an error; where flax_vae fails nothing else is measured.
     """
     results: Measured = {}
     try:
@@ -175,7 +182,7 @@ def against(
 
 
 def in_turns(ours: Runner, theirs: Runner, rounds: int) -> list[tuple[float, float]]:
-    """Gives the seconds of both in each round; who comes first changes from round to round."""
+    """Returns the seconds of both in each round; who comes first changes from round to round."""
     pairs = []
     for i in range(rounds):
         if i % 2:
@@ -187,18 +194,18 @@ def in_turns(ours: Runner, theirs: Runner, rounds: int) -> list[tuple[float, flo
 
 
 def ratio(results: Measured, way: str) -> float | None:
-    """Gives how many times as fast as a way ours is: the median over the rounds; None where it was not measured."""
+    """Returns the median over the rounds of the time of a way to ours; None where it was not measured."""
     times = ratios(results, way)
     return statistics.median(times) if times else None
 
 
 def ratios(results: Measured, way: str) -> list[float]:
-    """Gives how many times as fast as a way ours is, in each round."""
+    """Returns the time of a way to ours, in each round."""
     return [theirs / ours for ours, theirs in results.get(way, {}).get("pairs", ())]
 
 
 def seconds(results: Measured, way: str) -> float | None:
-    """Gives the median seconds of a way: of ours, those of all rounds with others."""
+    """Returns the median seconds of a way: of ours, those of all rounds with others."""
     if way == OURS:
         times = [pair[0] for result in results.values() for pair in result.get("pairs", ())]
         times += results.get(OURS, {}).get("alone", [])
@@ -208,7 +215,7 @@ def seconds(results: Measured, way: str) -> float | None:
 
 
 def best_torch(results: Measured) -> str | None:
-    """Gives the fastest way in torch, that which flax_vae is the least ahead of; None where none was measured."""
+    """Returns the fastest way in torch, by its ratio to flax_vae; None where none was measured."""
     found = {way: ratio(results, way) for way in results if way not in (OURS, PLAIN)}
     measured = {way: times for way, times in found.items() if times is not None}
     return min(measured, key=measured.__getitem__) if measured else None

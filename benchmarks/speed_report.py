@@ -45,18 +45,18 @@ class Found:
 
 
 def heading(ways: Sequence[str]) -> str:
-    """Gives the head of the table of speed."""
+    """Returns the head of the table of speed."""
     columns = ["", "seconds", "GFLOP/s", "of matmul", "best torch", *ways]
     return f"{line(columns)}\n|---|{'---:|' * (len(columns) - 1)}"
 
 
 def line(cells: Sequence[str]) -> str:
-    """Gives a line of a table."""
+    """Returns a line of a table."""
     return f"| {' | '.join(cells)} |"
 
 
 def speed_line(found: Found, ways: Sequence[str], limit: float | None) -> str:
-    """Gives a row of the table of speed; `limit` is the rate of matmuls in flops per second."""
+    """Returns a row of the table of speed; `limit` is the rate of matmuls in flops per second."""
     taken, best = seconds(found.ways, OURS), best_torch(found.ways)
     rate = found.flops / taken if found.flops and taken else None
     cells = [found.row.name, number(taken, ".3g"), number(rate and rate / 1e9, ",.0f")]
@@ -69,7 +69,7 @@ def speed_line(found: Found, ways: Sequence[str], limit: float | None) -> str:
 
 
 def cost_table(founds: Sequence[Found]) -> str:
-    """Gives the table of memory and compilation."""
+    """Returns the table of memory and compilation."""
     lines = [line(COSTS), f"|---|{'---:|' * (len(COSTS) - 1)}"]
     for found in founds:
         ours, best = found.ways.get(OURS, {}), found.ways.get(best_torch(found.ways) or "", {})
@@ -83,7 +83,7 @@ def cost_table(founds: Sequence[Found]) -> str:
 
 
 def is_compiled(ways: Measured, way: str) -> bool:
-    """Tells whether a way in torch.compile was measured."""
+    """Whether a way in torch.compile was measured."""
     return way.startswith("compile") and "took" in ways[way]
 
 
@@ -99,7 +99,7 @@ def number(value: float | None, form: str) -> str:
 
 
 def reasons(founds: Sequence[Found]) -> str:
-    """Says why there are dashes in the tables, a line each."""
+    """Lists why there are dashes in the tables."""
     failed = [(found.row, way["error"]) for found in founds for way in found.ways.values() if "error" in way]
     return "".join(f"\n- {row.preset}, {row.precision}, {row.name}: {error}" for row, error in failed)
 

@@ -1,7 +1,7 @@
 """What cutting frames into strips saves on a TPU: python -m benchmarks.strips
 
-Compiles tasks of the released model for one v5e that need not be there, in strips and in XLA's way, in bfloat16. Prints
-what each takes as the compiler plans it, beside a floor: the bytes when each convolution and product of matrices
+Compiles tasks of the released model for one v5e that need not be there, in strips and as XLA does it, in bfloat16.
+Prints what each takes as the compiler plans it, beside a floor: the bytes when each convolution and product of matrices
 reads its operands once and writes its result once, and all between them costs nothing. Minutes for each program.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 from benchmarks.convolutions import equations
 from benchmarks.speed import Row, Task
-from benchmarks.subjects import Preset
+from benchmarks.subjects import Preset, memory_of
 from flax_vae.planning.chips import parse_topology
 from flax_vae.planning.compile_ahead import TPU
 from flax_vae.planning.describe import amount, duration, scaled
@@ -52,7 +52,7 @@ def lines(row: Row) -> Iterator[str]:
         with shared_by_tpus(devices):
             compiled = jax.jit(function).lower(*arguments).compile()
         found = program(compiled.as_text() or "")
-        temporaries = compiled.memory_analysis().temp_size_in_bytes
+        temporaries = memory_of(compiled).temp_size_in_bytes
         yield line(f"{row.name}, {way}", amount(temporaries), found.bytes, found.flops, topology.chip)
     with lowered("plain"):
         traced = jax.make_jaxpr(function)(*arguments)
@@ -60,25 +60,25 @@ def lines(row: Row) -> Iterator[str]:
 
 
 def line(name: str, temporaries: str, moved: int, flops: float, chip: Any) -> str:
-    """Gives a row of the table; times are at the chip's full bandwidth, and at its peak rate."""
+    """Returns a row of the table; times are at the chip's full bandwidth, and at its peak rate."""
     times = duration(moved / chip.memory_bandwidth), duration(flops / chip.peak)
     return f"| {' | '.join([name, temporaries, amount(moved), scaled(flops), *times])} |"
 
 
 def lowerable(row: Row, device: Any) -> tuple[Any, list[Any]]:
-    """Gives a task as a function, and what it is traced with: shapes on a device."""
+    """Returns a task as a function, and what it is traced with: shapes on a device."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import SingleDeviceSharding
 
     from benchmarks.tasks import abstract_task
 
-    def placed(leaf):
+    def on_device(leaf):
         dtype = jnp.bfloat16 if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=SingleDeviceSharding(device))
 
     function, state, inputs = abstract_task(row)
-    return function, jax.tree.map(placed, [state, *inputs])
+    return function, jax.tree.map(on_device, [state, *inputs])
 
 
 def operand_bytes(jaxpr: Any) -> int:

@@ -12,22 +12,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from benchmarks.speed import Device, Precision, Row, Task
-from benchmarks.subjects import chunk_shape, config, flax_model, random_values, to_torch, torch_model
+from benchmarks.subjects import chunk_shape, config, flax_model, memory_of, random_values, to_torch, torch_model
 from flax_vae.train.config import LossConfig, OptimizerConfig
 
 if TYPE_CHECKING:
     import optax
 
     import torch_ref
-    from flax_vae import CausalVideoVAE
+    from flax_vae.models.vae import VideoVAE
 
 JAX_PRECISION = {"float32": "highest", "tf32": "default", "bfloat16": "default"}  # of a gpu
 
 
 class Ready(NamedTuple):
-    """A task that can be called: what that gives, read as B T H W C in float32, and what making ready took.
+    """A task that can be called: its results, read as B T H W C in float32, and the seconds of making it ready.
 
-    Where a compiler tells it, with the bytes that a call takes above its arguments.
+    `above` are the bytes that a call takes above its arguments, where the compiler tells.
     """
 
     call: Callable[[], Sequence[Any]]
@@ -37,16 +37,16 @@ class Ready(NamedTuple):
 
 
 def input_shapes(row: Row) -> list[tuple[int, ...]]:
-    """Gives the shapes, B T H W C, of what a task takes: a clip or latents; to train, a clip and noise of latents."""
+    """Returns the shapes, B T H W C, of what a task takes: a clip or latents; to train, a clip and noise of latents."""
     clip, latents = (chunk_shape(job, row.frames // 8 + 1, row.size, row.size) for job in ("encode", "decode"))
     return {"decode": [latents], "train": [clip, latents]}.get(row.task, [clip])
 
 
-def flax_task(task: Task, vae: CausalVideoVAE) -> tuple[Callable[..., tuple], Any]:
-    """Gives a task of flax_vae as a function of a state and of inputs, and the weights that the state starts from.
+def flax_task(task: Task, vae: VideoVAE) -> tuple[Callable[..., tuple], Any]:
+    """Returns a task of flax_vae as a function of a state and of inputs, and the weights that the state starts from.
 
-    A gradient is that of the mean squared error of what the posterior's mode decodes to, by every weight, behind that
-    error. A training step lowers L1 and KL by AdamW; it gives the next state, weights and moments, then its loss.
+    A gradient is that of the mean squared error of what the posterior's mode decodes to, by every weight; the error
+    comes first. A training step lowers L1 and KL by AdamW; it returns the next weights and moments, and its loss.
     """
     import jax
     import jax.numpy as jnp
@@ -88,19 +88,18 @@ def flax_task(task: Task, vae: CausalVideoVAE) -> tuple[Callable[..., tuple], An
 
 
 def started(task: Task, weights: Any) -> Any:
-    """Gives the state that a task of flax_vae starts from: the weights, to train with AdamW's moments."""
+    """Returns the state that a task of flax_vae starts from: the weights, to train with AdamW's moments."""
     return (weights, adamw().init(weights)) if task == "train" else weights
 
 
 def abstract_task(row: Row) -> tuple[Callable[..., tuple], Any, list[Any]]:
-    """Gives a task of flax_vae as a function, and the shapes of its state and of its inputs, in float32."""
+    """Returns a task of flax_vae as a function, and the shapes of its state and of its inputs, in float32."""
     import jax
     import jax.numpy as jnp
-    from flax import nnx
 
-    from flax_vae import CausalVideoVAE
+    from flax_vae.families import registry
 
-    vae = nnx.eval_shape(lambda: CausalVideoVAE(config(row.preset), rngs=nnx.Rngs(0)))
+    vae = registry.abstract(config(row.preset))
     vae.eval()
     function, weights = flax_task(row.task, vae)
     state = jax.eval_shape(lambda weights: started(row.task, weights), weights)
@@ -108,7 +107,7 @@ def abstract_task(row: Row) -> tuple[Callable[..., tuple], Any, list[Any]]:
 
 
 def adamw() -> optax.GradientTransformation:
-    """Gives the optimizer of the training presets, at one learning rate."""
+    """Returns the optimizer of the training presets, at one learning rate."""
     import optax
 
     rates = OptimizerConfig()
@@ -116,7 +115,7 @@ def adamw() -> optax.GradientTransformation:
 
 
 def torch_task(task: Task, model: torch_ref.CausalVideoVAE, is_compiled: bool) -> Callable[..., Sequence[Any]]:
-    """Gives the same task of torch_ref as a function of inputs; its state is in the model."""
+    """Returns the same task of torch_ref as a function of inputs; its state is in the model."""
     import torch
 
     maybe_compiled: Callable = torch.compile if is_compiled else lambda function: function
@@ -160,7 +159,7 @@ def torch_task(task: Task, model: torch_ref.CausalVideoVAE, is_compiled: bool) -
 
 
 def set_up_jax(device: Device, precision: Precision) -> Any:
-    """Has jax compute on a device and in a precision, and gives the dtype; RuntimeError without such a device."""
+    """Configures jax for a device and a precision; returns the dtype, RuntimeError without such a device."""
     import jax
     import jax.numpy as jnp
 
@@ -172,7 +171,7 @@ def set_up_jax(device: Device, precision: Precision) -> Any:
 
 
 def set_up_torch(device: Device, precision: Precision, is_channels_last: bool = False) -> dict[str, Any]:
-    """Has torch compute in a precision; says on what, in which dtype and layout; RuntimeError without such a device."""
+    """Configures torch likewise; returns device, dtype and memory format."""
     import torch
 
     if device == "gpu":
@@ -222,7 +221,7 @@ def flax_ready(row: Row, device: Device, is_plain: bool, free: int | None) -> Re
             state, *results = results
         return results
 
-    above = compiled_bytes(compiled) - compiled.memory_analysis().argument_size_in_bytes
+    above = compiled_bytes(compiled) - memory_of(compiled).argument_size_in_bytes
     return Ready(call, lambda x: np.asarray(x, np.float32), took, above)
 
 

@@ -29,7 +29,7 @@ from flax_vae.runtime.compiler_options import order_for_memory
 
 SQUARE = {"cpu": 2048, "gpu": 8192}  # rows of the matrices that the rate is measured with
 PRODUCTS = 20
-AGAIN = 0.1  # seconds for which a convolution is called
+MIN_TIMED_SECONDS = 0.1  # for which a convolution is called
 
 
 def main(request: str) -> None:
@@ -62,7 +62,7 @@ def answers_to(kind: str, name: str, device: Device, **asked: Any) -> Iterator[M
 
 
 def calls(way: str, device: Device, row: Row, free: int | None) -> Iterator[Measured]:
-    """Makes a task ready in a way, calls it twice, and then for each line of standard input."""
+    """Prepares a task in a way, calls it twice, and then once for each line of standard input."""
     if free is not None:  # what takes more gets an error, where the system would kill a process of its choice
         limit = free + status("/proc/self/status", "VmData")
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
@@ -81,10 +81,9 @@ def calls(way: str, device: Device, row: Row, free: int | None) -> Iterator[Meas
 def convolution_calls(
     way: str, device: Device, precision: Precision, convolutions: Iterable[Convolution]
 ) -> Iterator[Measured]:
-    """Calls, for each line of standard input, the convolution of this index, or one of its gradients, again and again.
+    """Times, for each line of standard input, the convolution of this index, or one of its gradients, in many calls.
 
-    Alone it would be too short: threads that have slept take milliseconds to start. What is asked for once more is
-    ready.
+    One call would be too short: threads that have slept take milliseconds to start.
     """
     known = list(convolutions)
     ready: tuple[Any, Callable[[], Any]] = (None, lambda: None)
@@ -93,21 +92,21 @@ def convolution_calls(
         if asked != ready[0]:
             ready = asked, ready_part(way, known[index], part, device, precision)
         calls, start = 0, time.perf_counter()
-        while (taken := time.perf_counter() - start) < AGAIN:
+        while (taken := time.perf_counter() - start) < MIN_TIMED_SECONDS:
             ready[1]()
             calls += 1
         yield {"seconds": taken / calls}
 
 
 def ready_to(way: str, device: Device, row: Row, free: int | None) -> Ready:
-    """Makes a task ready in the way of this name."""
+    """Prepares a task in the way of this name."""
     if way in (OURS, PLAIN):
         return flax_ready(row, device, way == PLAIN, free)
     return torch_ready(row, device, "compile" in way, "channels_last_3d" in way)
 
 
 def outcome(row: Row, arrays: list[np.ndarray]) -> list[list[int]]:
-    """Gives the shapes of clips, or how many numbers a gradient or a step gives; ValueError for any not finite."""
+    """Returns the shapes of clips, or the count of a gradient's or step's values; ValueError for any not finite."""
     if not all(np.isfinite(array).all() for array in arrays):
         raise ValueError("gives values that are not finite")
     if row.task in ("encode", "decode"):
@@ -116,9 +115,9 @@ def outcome(row: Row, arrays: list[np.ndarray]) -> list[list[int]]:
 
 
 def memory_of(ready: Ready, device: Device) -> dict[str, int]:
-    """Gives the most bytes that a call takes above what is held without it, and that the process has ever taken.
+    """Returns the peak bytes of a call above what is held without it, and of the process; on a gpu, of its memory.
 
-    On a gpu, of its memory. There jax cannot forget a peak, so what a call takes is what the compiler tells.
+    On a gpu jax cannot reset a peak, so what a call takes is what the compiler tells.
     """
     if device == "cpu":
         return host_memory(ready.call)
@@ -137,7 +136,7 @@ def memory_of(ready: Ready, device: Device) -> dict[str, int]:
 
 
 def host_memory(call: Callable[[], Any]) -> dict[str, int]:
-    """Gives the same of the memory of the machine."""
+    """Returns the same for the memory of the machine."""
     with contextlib.suppress(OSError, AttributeError):  # another libc
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed would hide a part of what the call takes
     before = status("/proc/self/status", "VmHWM")
@@ -148,7 +147,7 @@ def host_memory(call: Callable[[], Any]) -> dict[str, int]:
 
 
 def matmul_rate(name: str, device: Device, precision: Precision) -> Measured:
-    """Gives the most flops per second that a framework reaches in the product of two large square matrices."""
+    """Returns the most flops per second that a framework reaches in the product of two large square matrices."""
     n = SQUARE[device]
     values = random_values(np.random.default_rng(0), (n, n))
     if name == OURS:
@@ -187,7 +186,7 @@ def flops_of(row: Row) -> float:
 
 
 def timed(call: Callable[[], Any]) -> float:
-    """Gives the seconds of a call."""
+    """Returns the seconds of a call."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start

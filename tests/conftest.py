@@ -4,6 +4,7 @@ import contextlib
 import functools
 import gc
 import importlib
+import inspect
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
+from jax.core import Tracer
 
 from flax_vae.runtime.compiler_options import order_for_memory
 from tests.memory import alone, bounded  # noqa: F401
@@ -164,7 +166,7 @@ class Power:
         if event not in self.CHANGES and not (event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)):
             return False
         path, is_relative = args[0], event in ("os.remove", "os.rmdir") and args[-1] != -1  # rmtree goes by descriptors
-        return is_relative or (isinstance(path, str | os.PathLike) and os.fspath(path).startswith(self._folder))
+        return is_relative or (isinstance(path, str | os.PathLike) and os.fspath(path).startswith(self._folder or ""))
 
 
 @pytest.fixture
@@ -219,18 +221,21 @@ def quick_call():
     """What compiles steps, in half the time, to slow but equal code; one for all, so that they share programs."""
     from flax_vae.runtime import stream
 
-    options = {"xla_backend_optimization_level": 0}
-    plain, quick = (
-        jax.jit(stream._call.__wrapped__, static_argnums=(0, 1), compiler_options=chosen) for chosen in (None, options)
-    )
+    return QuickCall(inspect.unwrap(stream._call))
 
-    @functools.wraps(plain)
-    def call(*args):  # inside another program there is no choice
-        is_inside = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(args[2:]))
-        return (plain if is_inside else quick)(*args)
 
-    call.trace = quick.trace
-    return call
+class QuickCall:
+    """A compiled function; inside another program, where there is no choice of options, the function itself."""
+
+    def __init__(self, function):
+        options = {"xla_backend_optimization_level": 0}
+        self._plain = jax.jit(function, static_argnums=(0, 1))
+        self._quick = jax.jit(function, static_argnums=(0, 1), compiler_options=options)
+        self.trace = self._quick.trace
+
+    def __call__(self, *args):
+        is_inside = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(args[2:]))
+        return (self._plain if is_inside else self._quick)(*args)
 
 
 @pytest.fixture

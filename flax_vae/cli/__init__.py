@@ -1,7 +1,5 @@
 """The command line `flax-vae`: one module a command, and here how they are called and how they fail."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import os

@@ -1,7 +1,5 @@
 """`flax-vae encode`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

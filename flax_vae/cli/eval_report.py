@@ -1,7 +1,5 @@
 """What comes of an evaluation: eval.json, eval.png, and the table on the screen."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path

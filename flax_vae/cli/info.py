@@ -1,7 +1,5 @@
 """`flax-vae info`."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterable

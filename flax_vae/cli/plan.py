@@ -1,24 +1,19 @@
 """`flax-vae plan`."""
 
-from __future__ import annotations
-
 from json import dumps
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
-from tyro.conf import FlagCreatePairsOff, arg
+from tyro.conf import arg
 
+from flax_vae.cli.options import Flag, flag_help
 from flax_vae.jobs.screen import note, table
+from flax_vae.planning.compile_ahead import compile_one, compiled_ahead
+from flax_vae.planning.describe import amount, bound_words, report_json, rows, settings, title, verdict
+from flax_vae.planning.request import Report, Request
 from flax_vae.planning.wanted import Wanted, request_of, with_mesh
 
-if TYPE_CHECKING:
-    from flax_vae.planning.request import Report, Request
-
-AsJson = Annotated[bool, FlagCreatePairsOff, arg(help="print one JSON object, or a list", help_behavior_hint="")]
-Search = Annotated[
-    bool,
-    FlagCreatePairsOff,
-    arg(help="try meshes, remat, fsdp, chunks and frame by frame, and rank what fits", help_behavior_hint=""),
-]
+AsJson = Annotated[Flag, flag_help("print one JSON object, or a list")]
+Search = Annotated[Flag, flag_help("try meshes, remat, fsdp, chunks and frame by frame, and rank what fits")]
 Most = Annotated[int, arg(metavar="N", help="with --search: programs to compile at most")]
 
 
@@ -31,8 +26,6 @@ def plan(wanted: Annotated[Wanted, arg(name="")], json: AsJson = False, search: 
     Example:
       flax-vae plan --topology v5e:4x4 --batch 32 --mesh data=8,height=2
     """
-    from flax_vae.planning.compile_ahead import compile_one
-
     request = request_of(wanted)
     if most < 1:
         raise ValueError(f"--most {most}: expected at least 1")
@@ -43,24 +36,16 @@ def plan(wanted: Annotated[Wanted, arg(name="")], json: AsJson = False, search: 
         return
     request = with_mesh(request, wanted.mesh)
     note(f"compiling for {request.topology}: seconds for a small model, many minutes for a step of the full one")
-    show(compile_one(request), json)
-
-
-def show(report: Report, as_json: bool) -> None:
-    """Prints a report, as JSON or as a table and a sentence."""
-    from flax_vae.planning.describe import report_json, rows, title, verdict
-
-    if as_json:
+    report = compile_one(request)
+    if json:
         print(dumps(report_json(report)))
         return
-    table(title(report.request), list(rows(report)))
+    table(title(request), list(rows(report)))
     print(verdict(report))
 
 
 def show_search(request: Request, most: int, as_json: bool) -> None:
-    """Compiles the most promising candidates, with a line for each, and prints what fits by its bound."""
-    from flax_vae.planning.compile_ahead import compiled_ahead
-    from flax_vae.planning.describe import amount, bound_words, report_json, settings, title, verdict
+    """Compiles the most promising candidates, notes each, and prints those that compile, ranked by their bound."""
     from flax_vae.planning.search import candidates, conclusion, rank
 
     found = list(candidates(request))
@@ -80,6 +65,6 @@ def show_search(request: Request, most: int, as_json: bool) -> None:
         print(dumps([report_json(report) for report in reports]))
         return
     fits = {True: "yes", False: "no", None: "not known"}
-    rows = [(settings(r.request), amount(r.needed), fits[r.fits], bound_words(r)) for r in reports]
-    table(title(request), rows, ("", "memory", "fits", "at least"))
+    cells = [(settings(r.request), amount(r.needed), fits[r.fits], bound_words(r)) for r in reports]
+    table(title(request), cells, ("", "memory", "fits", "at least"))
     print(conclusion(reports))

@@ -1,7 +1,5 @@
 """`flax-vae reconstruct`."""
 
-from __future__ import annotations
-
 import math
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """`flax-vae train`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path

@@ -1,11 +1,10 @@
 """How many latents a job computes at a time: as many as fit into its memory."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from flax_vae.runtime.memory import largest, step_bytes
 from flax_vae.runtime.stream import Compiled
@@ -17,12 +16,12 @@ MAX_BATCH_CLIPS = 16  # on CPU a batch of one is as fast
 InputShape = Callable[[int], tuple[int, ...]]  # of a step's input for a chunk of N latents; 0 is the first frame
 
 
-def chunk_latents(step: Compiled, shape: InputShape, latents: int | None, budget: int) -> int:
+def chunk_latents(step: Compiled, mesh: Mesh | None, shape: InputShape, latents: int | None, budget: int) -> int:
     """Chooses the latents of a chunk, at least one for each device of the mesh's time axis.
 
     `latents` is how many the whole clip has, where known. ValueError where not even the smallest chunk fits the budget.
     """
-    devices = 1 if step.mesh is None else step.mesh.shape["time"]
+    devices = 1 if mesh is None else mesh.shape["time"]
     limit = max(MAX_CHUNK_LATENTS // devices, 1)
     while latents is not None and limit // 2 * devices >= max(latents - 1, 1):
         limit //= 2

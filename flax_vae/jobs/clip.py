@@ -3,8 +3,6 @@
 T frames, H W pixels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction

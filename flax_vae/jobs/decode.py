@@ -1,7 +1,5 @@
 """Decodes latents on disk to clips of any length, a chunk at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,7 +55,7 @@ def decode_clip(source: Latents, target: Path, model: Model, options: Options, m
     with Job(target, {"command": "decode", "latents": source.identity, **model.identity}, options.resume) as job:
         meter.already(job.progress.frames)
         shape = lambda latents: (1, max(latents, 1), *sizes)  # noqa: E731
-        size = job.decision("chunk", lambda: chunk_latents(step, shape, frames, options.budget))
+        size = job.decision("chunk", lambda: chunk_latents(step, model.mesh, shape, frames, options.budget))
         chunks = chunks_of(source, size, model.vae.config, job.progress)
         run(job, step, chunks, FramePieces(job, about.fps, about.height, about.width), meter)
         assemble(job, about.fps)

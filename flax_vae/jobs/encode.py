@@ -1,7 +1,5 @@
 """Encodes clips of any length to latents on disk, a chunk at a time."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any
@@ -55,7 +53,8 @@ def encode_clip(
     about, step = about_latents(clip, model, scaling), compiled(model.vae.encode_chunk, model.mesh)
     with Job(target, {"command": "encode", **clip.source, **model.identity, "about": about}, options.resume) as job:
         meter.already(job.progress.frames)
-        size = job.decision("chunk", lambda: chunk_latents(step, clip.shape, clip.expected_latents, options.budget))
+        asked = model.mesh, clip.shape, clip.expected_latents
+        size = job.decision("chunk", lambda: chunk_latents(step, *asked, options.budget))
         run(job, step, clip.chunks(size, job.progress.frames), LatentPieces(job, about), meter)
         job.become()
     return job.progress.frames

@@ -1,7 +1,5 @@
 """Encodes the clips of a data set, each to a file or folder of its own: short ones of one shape together."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -103,9 +101,10 @@ class Extraction:
     def sizes(self, shape: tuple[int, ...], clip: Clip, left: int) -> tuple[int, int]:
         """Returns the latents of a chunk and the clips of a batch, for clips of one shape, of which N are left."""
         if shape not in self._sizes:
-            latents = chunk_latents(self.step, clip.shape, clip.expected_latents, self.options.budget)
-            later = latents if clip.expected_latents != 1 else None
-            self._sizes[shape] = latents, batch_clips(self.step, clip.shape, later, left, self.options.budget)
+            budget, whole = self.options.budget, clip.expected_latents
+            latents = chunk_latents(self.step, self.model.mesh, clip.shape, whole, budget)
+            clips = batch_clips(self.step, clip.shape, None if whole == 1 else latents, left, budget)
+            self._sizes[shape] = latents, clips
         return self._sizes[shape]
 
     def encode_together(self, group: Sequence[tuple[Entry, Clip]], size: int) -> None:

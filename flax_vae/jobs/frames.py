@@ -3,8 +3,6 @@
 T frames, H W pixels.
 """
 
-from __future__ import annotations
-
 import os
 from fractions import Fraction
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Long work that can be stopped at any moment, kill -9 included, and resumed to the same result."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -9,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import filelock
 
@@ -52,7 +50,7 @@ class Job:
         self._decisions: dict[str, int] = {}
         self._resume, self._kept, self._saved, self._cost = resume, 0, 0.0, 0.0
 
-    def __enter__(self) -> Job:
+    def __enter__(self) -> Self:
         check_begun(self.target, self._resume)
         self.folder.mkdir(parents=True, exist_ok=True)  # a folder of targets is made with the first
         self._lock = locked(self.target)

@@ -1,7 +1,5 @@
 """How a job gets its model: the config at once, the weights when everything else has been checked."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Options that several jobs share, in the words of the command line."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

@@ -1,7 +1,5 @@
 """Runs a stream chunk by chunk, and writes piece by piece: whole files, after each of which a job can be resumed."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack

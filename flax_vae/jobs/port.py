@@ -1,7 +1,5 @@
 """Ports checkpoints of any readable kind to folders in the layout of diffusers, and proves that nothing changed."""
 
-from __future__ import annotations
-
 import os
 import uuid
 from collections import Counter

@@ -1,7 +1,5 @@
 """Encodes and decodes clips of any length, a chunk at a time, and measures what is lost."""
 
-from __future__ import annotations
-
 import itertools
 import os
 from dataclasses import dataclass
@@ -70,7 +68,8 @@ def reconstruct_clip(clip: Clip, target: Path, model: Model, options: Options, m
     settings = {"command": "reconstruct", **clip.source, "size": (clip.height, clip.width), **model.identity}
     with Job(target, settings, options.resume) as job:
         meter.already(job.progress.frames)
-        size = job.decision("chunk", lambda: chunk_latents(step, clip.shape, clip.expected_latents, options.budget))
+        asked = model.mesh, clip.shape, clip.expected_latents
+        size = job.decision("chunk", lambda: chunk_latents(step, *asked, options.budget))
         pieces = FramePieces(job, clip.fps, clip.height, clip.width)
         run(job, step, clip.chunks(size, job.progress.frames), pieces, meter)
         quality, numbers, before, after = losses(job)

@@ -1,7 +1,5 @@
 """What a command shows: results on standard output; notes and progress on standard error."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence

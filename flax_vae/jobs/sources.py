@@ -1,7 +1,5 @@
 """What a command reads and where it writes: one file to one, or every image of a folder to a folder."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence

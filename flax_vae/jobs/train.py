@@ -1,7 +1,5 @@
 """Trains in the folder of a run, to the last step or until it is asked to stop, and shows how far it is."""
 
-from __future__ import annotations
-
 import logging
 import signal
 import sys

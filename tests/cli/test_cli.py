@@ -275,7 +275,7 @@ def test_a_clip_cut_in_the_middle_of_a_packet_gives_its_whole_frames_when_told_h
 
 @pytest.fixture
 def full_disk():
-    """Gives a function that lets no file grow over so many bytes, until the test ends."""
+    """Returns a function that lets no file grow over so many bytes, until the test ends."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)

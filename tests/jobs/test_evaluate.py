@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -46,10 +47,10 @@ class Copy(nnx.Module):
 
 @pytest.fixture
 def copying(monkeypatch, checkpoints):
-    """Gives a function that has `flax-vae eval` load a `Copy`."""
+    """Returns a function that has `flax-vae eval` load a `Copy`."""
 
     def use(*args, **options):
-        vae = Copy(*args, **options)
+        vae: Any = Copy(*args, **options)
         monkeypatch.setattr("flax_vae.jobs.evaluation.evaluate.load", lambda *_, **__: Model(vae, vae, "0" * 16))
         return vae
 
@@ -116,7 +117,9 @@ def test_scores_are_those_of_the_clip_as_a_whole(run, randomized, jit, clip, tmp
     assert scores["by_frame"]["psnr"] == pytest.approx(quality, abs=0.02)
     assert scores["by_frame"]["ssim"] == pytest.approx(np.asarray(alike).tolist(), abs=1e-3)
     assert found["overall"]["psnr"] == pytest.approx(np.mean(quality), abs=0.02)
-    assert found["seam"]["score"] == pytest.approx(seam([quality], 4, 2).score, abs=0.04)
+    expected = seam([quality], 4, 2)
+    assert expected is not None
+    assert found["seam"]["score"] == pytest.approx(expected.score, abs=0.04)
     assert found["overall"]["frames"] == 18
     assert "1 of 1 clips have not 2k + 1 frames" in err
     assert f"{found['overall']['psnr']:.2f}" in out
@@ -332,7 +335,9 @@ def test_few_frames_of_a_clip_are_kept_evenly_spaced_and_the_worst_one(frames):
     from flax_vae.jobs.evaluation.measurement import SAMPLES, Measurement
     from flax_vae.jobs.evaluation.scores import Sample
 
-    measurement = Measurement(SimpleNamespace(path=Path("a.mkv")), None)
+    clip: Any = SimpleNamespace(path=Path("a.mkv"))
+    instruments: Any = None
+    measurement = Measurement(clip, instruments)
     picture = np.zeros((1, 1, 3), np.uint8)
     for number in range(frames):
         measurement.look(Sample(Path("a.mkv"), number, abs(number - 77), picture, picture))

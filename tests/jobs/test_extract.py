@@ -71,7 +71,7 @@ def spoil(path, number):
 
 @pytest.fixture
 def extract(run, checkpoints, monkeypatch, small_pieces):
-    """Gives a function that extracts, at most two clips together."""
+    """Returns a function that extracts, at most two clips together."""
     monkeypatch.setattr("flax_vae.jobs.budget.MAX_BATCH_CLIPS", 2)
     return lambda source, out, *args: run("extract", source, out, "--weights", checkpoints / "vae", *args)
 
@@ -161,12 +161,12 @@ def test_images_alone_have_no_scaling_and_a_folder_of_broken_files_no_statistics
 
 
 def state(folder, contents):
-    """Gives what an extraction has written, without its logs: these tell also how it went."""
+    """Returns what an extraction has written, without its logs: these tell also how it went."""
     return {name: data for name, data in contents(folder).items() if "log-" not in name}
 
 
 def normal(written):
-    """Gives the same with statistics to nine digits, as their sum depends on the order."""
+    """Returns the same with statistics to nine digits, as their sum depends on the order."""
     statistics = json.loads(written["statistics.json"])
     numbers = [x for part in ("first", "rest") for kind in ("mean", "std") for x in statistics[part][kind]]
     return {**written, "statistics.json": [f"{x:.9e}" for x in numbers]}
@@ -381,7 +381,7 @@ main(sys.argv[1:])
 
 @pytest.fixture
 def process(checkpoints, tmp_path_factory):
-    """Gives a function that starts an extraction as a process of its own."""
+    """Returns a function that starts an extraction as a process of its own."""
     env = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.getbasetemp() / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

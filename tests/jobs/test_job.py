@@ -53,7 +53,7 @@ def file_job(target, resume=True, settings=SETTINGS, stop_at=None):
 
 
 def contents(folder):
-    """Gives every file under a folder with what is in it."""
+    """Returns every file under a folder with what is in it."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 

@@ -18,7 +18,7 @@ NTSC = Fraction(30000, 1001)
 
 
 def expected(checkpoints, source, frames):
-    """Gives the frames as they are read, and as the whole clip at once would be reconstructed."""
+    """Returns the frames as they are read, and as the whole clip at once would be reconstructed."""
     vae, pixels = CausalVideoVAE.from_pretrained(str(checkpoints / "vae")), read_clip(source, (16, 24), frames)
     filled = to_float(np.concatenate([pixels, np.repeat(pixels[-1:], -(len(pixels) - 1) % 8, axis=0)]))[None]
     again = nnx.jit(lambda vae, x: vae.decode(vae.encode(x).mode()))(vae, filled)
@@ -41,7 +41,7 @@ def write_clip(path, pixels, sound=None, fps=25, delay=0.0, tracks=1):
         for track in sounds:
             for start in range(0, round((len(pixels) / fps + delay) * 48000), 960):
                 wave = 0.1 * np.sin(np.arange(start, start + 960) * 0.05)
-                frame = av.AudioFrame.from_ndarray(np.float32([wave, wave]), "fltp", "stereo")
+                frame = av.AudioFrame.from_ndarray(np.array([wave, wave], np.float32), "fltp", "stereo")
                 frame.sample_rate, frame.pts, frame.time_base = 48000, start, Fraction(1, 48000)
                 packets += track.encode(frame)
             packets += track.encode()
@@ -51,7 +51,7 @@ def write_clip(path, pixels, sound=None, fps=25, delay=0.0, tracks=1):
 
 
 def heard(path):
-    """Gives the seconds of sound, relative to the first frame: where it starts and where it ends."""
+    """Returns the seconds of sound, relative to the first frame: where it starts and where it ends."""
     with av.open(str(path)) as container:
         first = next(container.decode(video=0)).time
     with av.open(str(path)) as container:

@@ -46,7 +46,7 @@ def sound_clip(tmp_path_factory, pixels):
             frame.pts = number
             container.mux(video.encode(frame))
             wave = 0.1 * np.sin(np.arange(1920 * number, 1920 * (number + 1)) * 0.05)
-            frame = av.AudioFrame.from_ndarray(np.float32([wave, wave]), "fltp", "stereo")
+            frame = av.AudioFrame.from_ndarray(np.array([wave, wave], np.float32), "fltp", "stereo")
             frame.sample_rate, frame.pts = 48000, 1920 * number
             container.mux(sound.encode(frame))
         container.mux(video.encode())
@@ -61,7 +61,7 @@ def latents(tmp_path_factory):
 
 @pytest.fixture
 def command_line(run, checkpoints, sound_clip, latents):
-    """Gives a function of a command and a folder: its arguments, to write there."""
+    """Returns a function of a command and a folder: its arguments, to write there."""
     if not latents.exists():
         assert run("encode", sound_clip, latents, "--weights", checkpoints / "vae")[0] == 0
 
@@ -75,7 +75,7 @@ def command_line(run, checkpoints, sound_clip, latents):
 
 @pytest.fixture
 def at_any_moment(run, command_line, power, tmp_path, contents):
-    """Gives a function that stops a command at moments, and once more at another, and goes on with it to the end."""
+    """Returns a function that stops a command at moments, and once more at another, and goes on with it to the end."""
 
     def check(command, moments=None):
         whole = tmp_path / "whole"
@@ -219,7 +219,7 @@ def test_a_failure_later_on_keeps_what_is_done_and_the_old_result(
 
 @pytest.fixture
 def begun(run, command_line, tmp_path, monkeypatch):
-    """Gives a function of a command that begins it, and gives its arguments."""
+    """Returns a function of a command that begins it, and gives its arguments."""
 
     def begin(command):
         args = command_line(command, tmp_path)
@@ -300,7 +300,7 @@ main(sys.argv[1:])
 
 @pytest.fixture
 def process(tmp_path_factory):
-    """Gives a function that starts a command as a process of its own; what they compile is kept for the next."""
+    """Returns a function that starts a command as a process of its own; what they compile is kept for the next."""
     cache = tmp_path_factory.getbasetemp() / "compiled"
     env = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(cache),

@@ -1,7 +1,5 @@
 """Measures how good a model's reconstructions of clips are."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """What compares reconstructions with their input, and in which chunks: B batch, T frames, H W pixels."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MethodType

@@ -1,7 +1,5 @@
 """Measures reconstructions of clips, a chunk at a time: T frames, H W pixels."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Draws an evaluation: curves by frame and by position in the chunk, and frames to look at. Sizes are in inches."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What an evaluation finds: the scores of clips, frame by frame, and frames to look at: H W pixels."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
