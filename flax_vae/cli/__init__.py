@@ -29,7 +29,7 @@ COMMAND --help explains each and shows an example. A good first one: flax-vae de
 
 
 class Terminated(KeyboardInterrupt):
-    """The process was asked to end, by SIGTERM; cleaned up after like an interrupt."""
+    """SIGTERM: cleaned up after like an interrupt."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -44,19 +44,19 @@ def main(args: Sequence[str] | None = None) -> None:
         call(list(sys.argv[1:] if args is None else args))
     except KeyboardInterrupt as stop:
         what, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
-        print("\n".join([f"flax-vae: {what}; nothing half-written is left", *notes(stop)]), file=sys.stderr, flush=True)
-        os._exit(code)  # at once: XLA may be compiling in a thread, and Python's own way out crashes under it
+        report(stop, f"{what}; nothing half-written is left")
+        os._exit(code)  # at once: XLA may be compiling in a thread, and Python's own exit crashes under it
     except CheckFailed as error:
-        fail(str(error), 1)
-    except ModuleNotFoundError as error:
-        fail(missing_package(error), 2)
+        report(error)
+        leave(1)
     except (ValueError, OSError, ImportError) as error:
-        fail("\n".join([str(error), *notes(error)]), 2)
+        report(error, missing_package(error) if isinstance(error, ModuleNotFoundError) else None)
+        leave(2)
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             crash()
-        what = f"out of memory; give a smaller --memory or --size ({str(error).splitlines()[0]})"
-        fail("\n".join([what, *notes(error)]), 2)
+        report(error, f"out of memory; give a smaller --memory or --size ({str(error).splitlines()[0]})")
+        leave(2)
     except Exception:
         crash()
     sys.exit(0)
@@ -67,9 +67,10 @@ def terminate(*_) -> None:
     raise Terminated
 
 
-def notes(error: BaseException) -> list[str]:
-    """Gives what an error says beside its message: what is done, and how to go on."""
-    return getattr(error, "__notes__", [])
+def report(error: BaseException, message: str | None = None) -> None:
+    """Prints an error, or a message in its place, and its notes: what is done, and how to go on."""
+    lines = [f"flax-vae: {message or error}", *getattr(error, "__notes__", [])]
+    print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 def call(args: list[str]) -> None:
@@ -86,7 +87,7 @@ def call(args: list[str]) -> None:
 
 
 def load(name: str, args: Sequence[str] = ()) -> Callable[..., Any]:
-    """Gives the function that is the command of this name; it imports jax only when it is called.
+    """Returns the function that is the command of this name; it imports jax only when it is called.
 
     Where the defaults of the arguments follow from one of them, a preset, they are those for `args`.
     """
@@ -99,7 +100,7 @@ def first_line(name: str) -> str:
 
 
 def missing_package(error: ModuleNotFoundError) -> str:
-    """Says how to get a package that a command needs."""
+    """Returns how to get a package that a command needs."""
     name = (error.name or "").split(".")[0]
     if name in ("parity", "torch_ref"):
         return f"this command needs the folder {name}/ of the repository: run it from a clone of flax_vae"
@@ -108,13 +109,8 @@ def missing_package(error: ModuleNotFoundError) -> str:
 
 
 def crash() -> NoReturn:
-    """Raises the error that nobody expected; in a cluster, shows it and ends at once, so that the others end too."""
+    """Raises the error that is being handled; in a cluster, prints it and ends at once, so that the others end too."""
     if not is_joined():
-        raise  # what is being handled where this is called
+        raise
     traceback.print_exc()
     leave(1)
-
-
-def fail(message: str, code: int) -> None:
-    print(f"flax-vae: {message}", file=sys.stderr)
-    leave(code)

@@ -63,30 +63,29 @@ class Loss:
         for pair in zip(before, after, strict=True):
             number = self._start + len(self._quality)
             self._quality.append(psnr(*pair))
-            if number % spacing(number + 1) == 0:
+            if number % spacing(number + 1, SAMPLES) == 0:
                 self._samples.append((number, *pair))
 
     def save(self, path: Path) -> None:
         """Writes what was added since the last piece, if anything."""
-        if not self._quality:
-            return
-        numbers, before, after = zip(*self._samples, strict=True) if self._samples else ((), (), ())
-        with replacing(path) as part:
-            np.savez(part, quality=self._quality, numbers=numbers, before=before, after=after)
+        if self._quality:
+            numbers, before, after = zip(*self._samples, strict=True) if self._samples else ((), (), ())
+            with replacing(path) as part:
+                np.savez(part, quality=self._quality, numbers=numbers, before=before, after=after)
         self._start += len(self._quality)
         self._quality, self._samples = [], []
 
 
-def spacing(frames: int) -> int:
-    """Returns the power of two by which at most `SAMPLES` of the frames are multiples."""
-    return 1 << max((frames - 1) // SAMPLES, 0).bit_length()
+def spacing(frames: int, samples: int) -> int:
+    """Returns the smallest power of two that has at most `samples` multiples below `frames`."""
+    return 1 << max((frames - 1) // samples, 0).bit_length()
 
 
 def losses(job: Job) -> tuple[list[float], list[int], np.ndarray, np.ndarray]:
     """Returns the PSNR of every frame in dB, the numbers of evenly spaced frames, and these before and after."""
     quality: list[float] = []
     kept: list[tuple[int, np.ndarray, np.ndarray]] = []
-    step = spacing(job.progress.frames)
+    step = spacing(job.progress.frames, SAMPLES)
     for path in job.pieces(LOSS):
         with np.load(path) as file:
             quality += file["quality"].tolist()

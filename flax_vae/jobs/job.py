@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -53,26 +54,22 @@ class Job:
     def __enter__(self) -> Self:
         check_begun(self.target, self._resume)
         self.folder.mkdir(parents=True, exist_ok=True)  # a folder of targets is made with the first
-        self._lock = locked(self.target)
-        try:
+        with ExitStack() as stack:
+            stack.callback(locked(self.target).release)
             if (self.folder / PROGRESS).exists():
                 self._restore()
             self._clean()
-        except BaseException:
-            self._lock.release()
-            raise
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, kind, error, _) -> None:
-        try:
+        with self._stack:
             if kind is not None and (self.folder / PROGRESS).exists():
                 how = "" if self._resume else " with --resume"
                 error.add_note(f"{self.target}: {self._kept} frames are done, and kept to go on from{how}")
             else:
                 (self.folder / PROGRESS).unlink(missing_ok=True)  # first of all: nobody may go on from what is left
                 shutil.rmtree(self.folder, ignore_errors=True)
-        finally:
-            self._lock.release()
 
     def decision(self, name: str, decide: Callable[[], int]) -> int:
         """Returns what `decide` returns, or what it returned when the work was begun."""
@@ -119,10 +116,9 @@ class Job:
             progress = Progress(**progress)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.folder}: cannot be gone on with ({error}); remove it to start anew") from None
-        names = sorted(self.settings.keys() | before.keys())
-        changed = [name for name in names if before.get(name) != self.settings.get(name)]
-        if changed:
-            listed = "; ".join(f"{name} was {before.get(name)}, now {self.settings.get(name)}" for name in changed)
+        names, now = sorted(self.settings.keys() | before.keys()), self.settings
+        if changed := [name for name in names if before.get(name) != now.get(name)]:
+            listed = "; ".join(f"{name} was {before.get(name)}, now {now.get(name)}" for name in changed)
             raise ValueError(f"{self.target}: was begun otherwise ({listed}): go on as begun, or remove {self.folder}")
         self.carry, self.progress, self._decisions, self._kept = carry, progress, decisions, progress.frames
 

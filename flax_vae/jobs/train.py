@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import matplotlib  # noqa: F401  # needed at the first picture, so a missing one would be noticed too late
@@ -42,7 +42,7 @@ def train(config: TrainConfig, data: Path, out: Path, mesh: str | None, fsdp: bo
     with joined(cluster) as (process, processes):
         if processes > 1 and mesh is None:
             mesh = f"data={len(jax.devices())}"
-        with Run(config, data, out, open_mesh(mesh, jax.devices), fsdp) as run, stopping() as stop, noticing():
+        with Run(config, data, out, open_mesh(mesh, jax.devices), fsdp) as run, Stop() as stop, noticing():
             with shown(run) if process == 0 else nullcontext(lambda _: None) as show:
                 for record in run.steps():
                     show(record)
@@ -81,9 +81,17 @@ def end(out: Path, stopped: int | None, done: int, steps: int) -> None:
 
 
 class Stop:
-    """Whether the process was asked to stop, and by which signal."""
+    """Whether SIGTERM or Ctrl-C has asked to stop, and which; to be looked at between steps, within `with Stop()`."""
 
     signal: int | None = None
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def is_asked_for(self) -> bool:
         """Whether any process of the cluster was asked to; all of them must call it after the same step."""
@@ -98,18 +106,6 @@ class Stop:
             raise KeyboardInterrupt
         self.signal = number
         note("stopping after this step; once more to stop at once, without saving")
-
-
-@contextmanager
-def stopping() -> Iterator[Stop]:
-    """Has SIGTERM and Ctrl-C ask a `Stop`, which is to be looked at between steps."""
-    stop = Stop()
-    before = {number: signal.signal(number, stop.ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from flax_vae import CausalVideoVAE
+from flax_vae import CausalVideoVAE, CausalVideoVAEConfig
 from flax_vae.cli import COMMANDS, main
 from flax_vae.io.files import replacing
 from flax_vae.jobs.model import cache_folder
@@ -378,6 +378,22 @@ def test_what_is_cropped_is_said(checkpoints, clip, given, shape, said):
     opened = open_clip(clip, read_config(str(checkpoints / "vae")), given, None)
     assert (opened.height, opened.width) == shape
     assert opened.about == f"{clip}: {said}"
+
+
+@pytest.mark.parametrize("command", ["encode", "reconstruct", "decode", "extract", "eval"])
+def test_a_model_of_other_pixels_than_rgb_is_refused_before_any_work(run, checkpoints, tmp_path, monkeypatch, command):
+    monkeypatch.setattr(CausalVideoVAEConfig, "pixel_channels", property(lambda config: 4))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_text("no image")
+    target = tmp_path / ("out.mp4" if command in ("decode", "reconstruct") else "out")
+    words = [tmp_path / "in", target, "--weights", checkpoints / "vae"]
+    if command == "eval":
+        words = [checkpoints / "vae", tmp_path / "in", "--out", target]
+    code, _, err = run(command, *words)
+    assert code == 2
+    assert "a CausalVideoVAE of 4 channels a pixel: clips are read and written as RGB, which has 3" in err
+    assert "loading" not in err
+    assert not target.exists()
 
 
 def test_a_larger_clip_is_only_cropped_and_a_large_one_made_smaller(checkpoints, tmp_path):

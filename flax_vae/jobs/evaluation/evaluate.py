@@ -11,7 +11,7 @@ from flax_vae.io.video_reader import UNREADABLE
 from flax_vae.jobs.clip import Clip, check_reading, expected_frames, open_clip
 from flax_vae.jobs.evaluation.instruments import prepare
 from flax_vae.jobs.evaluation.measurement import measure_all
-from flax_vae.jobs.evaluation.scores import Evaluation, Failures, listed
+from flax_vae.jobs.evaluation.scores import Evaluation, Failure, listed
 from flax_vae.jobs.model import check_stream, load, read_config
 from flax_vae.jobs.options import Options
 from flax_vae.jobs.screen import Meter, note, progress
@@ -78,11 +78,11 @@ def is_computed(name: str, asked: bool | None, find: Callable[[], Path]) -> bool
     return True
 
 
-def open_clips(data: Path, config: VAEConfig, options: Options, min_side: int) -> tuple[list[Clip], Failures]:
+def open_clips(data: Path, config: VAEConfig, options: Options, min_side: int) -> tuple[list[Clip], list[Failure]]:
     """Opens all clips, and tells why others cannot be used; ValueError where there is none to use."""
     is_one = not data.is_dir() and data.suffix.lower() != ".jsonl"
     clips: list[Clip] = []
-    failed: Failures = []
+    failed: list[Failure] = []
     for path in [data] if is_one else [entry.path for entry in read_entries(data)]:
         try:
             clip = open_clip(path, config, options.size, options.frames)

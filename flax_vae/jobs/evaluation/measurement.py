@@ -1,9 +1,6 @@
 """Measures reconstructions of clips, a chunk at a time: T frames, H W pixels."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +10,8 @@ from flax_vae.io.pixels import to_float, to_uint8
 from flax_vae.io.video_reader import UNREADABLE
 from flax_vae.jobs.clip import Clip
 from flax_vae.jobs.evaluation.instruments import Instruments
-from flax_vae.jobs.evaluation.scores import ClipQuality, Evaluation, Failures, Sample, listed
+from flax_vae.jobs.evaluation.scores import ClipQuality, Evaluation, Failure, Sample, listed
+from flax_vae.jobs.frames import spacing
 from flax_vae.jobs.pieces import Chunk, streamed
 from flax_vae.jobs.screen import Meter
 from flax_vae.metrics.fvd import FRAMES, resized
@@ -21,61 +19,52 @@ from flax_vae.metrics.psnr import psnr
 from flax_vae.runtime.cluster import allgather, process
 from flax_vae.runtime.stream import Compiled
 
-T = TypeVar("T")
 MAX_PSNR = 100.0  # dB; that of equal frames is not finite
 SAMPLES = 12  # most frames of a clip that are kept for the picture
 SHOWN = 6  # frames in the picture, and the worst one
 
 
-@dataclass
-class Share:
-    """What a process finds, by the index of a clip: scores, errors, frames to show; and the worst frame of all."""
-
-    done: dict[int, ClipQuality] = field(default_factory=dict)
-    failed: dict[int, tuple[Path, str]] = field(default_factory=dict)
-    samples: dict[int, list[Sample]] = field(default_factory=dict)
-    worst: list[tuple[float, int, Sample]] = field(default_factory=list)  # dB, the clip's index, the frame; or none
-
-
-def measure_all(clips: Sequence[Clip], failed: Failures, instruments: Instruments, meter: Meter) -> Evaluation:
+def measure_all(clips: Sequence[Clip], failed: Sequence[Failure], instruments: Instruments, meter: Meter) -> Evaluation:
     """Measures clips; in a cluster every process does its share, and all return the same evaluation.
 
     `failed` are left out already. ValueError where all turn out to be damaged.
     """
     shares = allgather(measured(clips, instruments, meter))
-    done = in_order(share.done for share in shares)
-    failed = [*failed, *in_order(share.failed for share in shares)]
+    found = sorted((entry for share, _ in shares for entry in share.items()), key=lambda entry: entry[0])
+    done = [each for _, each in found if isinstance(each, ClipQuality)]
+    left_out = [*failed, *(each for _, each in found if not isinstance(each, ClipQuality))]
     if not done:
-        raise ValueError("\n".join(["no clip can be read to its end", *listed(failed)]))
-    samples = [sample for some in in_order(share.samples for share in shares) for sample in some]
-    *_, worst = min((found for share in shares for found in share.worst), key=lambda found: found[:2])
+        raise ValueError("\n".join(["no clip can be read to its end", *listed(left_out)]))
+    samples = [sample for clip in done for sample in clip.samples]
+    _, worst = min((found for _, worst in shares for found in worst), key=lambda found: (found[1].psnr, found[0]))
     if all((sample.path, sample.number) != (worst.path, worst.number) for sample in samples):
         samples.append(worst)
     chunk, factor = clips[0].config.chunk_frames(instruments.latents), clips[0].config.temporal_factor
-    return Evaluation(done, failed, samples, chunk, factor, instruments.features is not None)
+    return Evaluation(done, left_out, samples, chunk, factor, instruments.features is not None)
 
 
-def in_order(found: Iterable[dict[int, T]]) -> list[T]:
-    """Joins what processes found, in the order of the clips."""
-    return [value for _, value in sorted((pair for part in found for pair in part.items()), key=lambda pair: pair[0])]
+def measured(
+    clips: Sequence[Clip], instruments: Instruments, meter: Meter
+) -> tuple[dict[int, ClipQuality | Failure], list[tuple[int, Sample]]]:
+    """Measures this process's share: every clip, or in a cluster of N every N-th one.
 
-
-def measured(clips: Sequence[Clip], instruments: Instruments, meter: Meter) -> Share:
-    """Measures this process's share: every clip, or in a cluster of N every N-th one."""
-    share, shown = Share(), dict(sharing(len(clips)))
-    number, processes = process()
+    Returns what was found, by the index of the clip; and the worst frame of all, with its clip's index, if any.
+    """
+    found: dict[int, ClipQuality | Failure] = {}
+    worst: list[tuple[int, Sample]] = []
+    shown, (number, processes) = dict(sharing(len(clips))), process()
     for index in range(number, len(clips), processes):
         clip, measurement = clips[index], Measurement(clips[index], instruments)
         try:
             measurement.run(meter)
         except Unreadable as error:
-            share.failed[index] = clip.path, str(error)
+            found[index] = clip.path, str(error)
             continue
-        share.done[index] = ClipQuality(clip, measurement.scores, measurement.windows)
-        share.samples[index] = measurement.chosen(shown.get(index, 0))
-        worst = [*share.worst, *((sample.psnr, index, sample) for sample in measurement.worst)]
-        share.worst = [min(worst, key=lambda found: found[:2])]
-    return share
+        samples = measurement.chosen(shown.get(index, 0))
+        found[index] = ClipQuality(clip, measurement.scores, measurement.windows, samples)
+        worst = [*worst, *((index, sample) for sample in measurement.worst)]
+        worst = [min(worst, key=lambda found: (found[1].psnr, found[0]))]
+    return found, worst
 
 
 def sharing(clips: int) -> Iterator[tuple[int, int]]:
@@ -99,7 +88,6 @@ class Measurement:
         self.worst: list[Sample] = []
         self._window: list[tuple[np.ndarray, np.ndarray]] = []
         self._samples: list[Sample] = []
-        self._spacing = 1
 
     def run(self, meter: Meter) -> None:
         """Measures all frames; Unreadable where the clip is damaged, whatever came before the damage."""
@@ -130,14 +118,11 @@ class Measurement:
             self._window = []
 
     def look(self, sample: Sample) -> None:
-        """Keeps a frame if it is the worst so far, or a multiple of the spacing."""
+        """Keeps a frame if it is the worst so far, or evenly spaced among those before."""
         if not self.worst or sample.psnr < self.worst[0].psnr:
             self.worst = [sample]
-        if sample.number % self._spacing == 0:
-            self._samples.append(sample)
-        if len(self._samples) > SAMPLES:
-            self._spacing *= 2
-            self._samples = [sample for sample in self._samples if sample.number % self._spacing == 0]
+        step = spacing(sample.number + 1, SAMPLES)
+        self._samples = [each for each in [*self._samples, sample] if each.number % step == 0]
 
     def chosen(self, count: int) -> list[Sample]:
         """Returns `count` frames: the one in the middle, or evenly from the first to the last."""

@@ -36,20 +36,14 @@ def draw(path: Path, evaluation: Evaluation, title: str) -> None:
     below = MARGIN + HEADING + len(curves) * (PLOT + SPACE) - 0.3
     page = Page(WIDTH, below + TITLES + 3 * (tall + GAP) + MARGIN)
     draw_heading(page, evaluation, title)
+    pitch = (WIDTH - 2 * MARGIN) / len(evaluation.names)
     for row, (words, curve) in enumerate(curves):
         top = MARGIN + HEADING + row * (PLOT + SPACE)
         page.text(MARGIN, top - 0.42, words, color=FAINT)
-        for axes, name in zip(panels(page, top, evaluation.names), evaluation.names, strict=True):
-            curve(axes, evaluation, name)
+        for i, name in enumerate(evaluation.names):  # side by side
+            curve(page.plot(MARGIN + i * pitch + 0.45, top, pitch - 0.65, PLOT, LABELS[name]), evaluation, name)
     draw_samples(page, samples, below + TITLES, tall)
     page.save(path)
-
-
-def panels(page: Page, y: float, names: Sequence[str]) -> Iterator[Axes]:
-    """Yields axes side by side, one for each score."""
-    pitch = (WIDTH - 2 * MARGIN) / len(names)
-    for i, name in enumerate(names):
-        yield page.plot(MARGIN + i * pitch + 0.45, y, pitch - 0.65, PLOT, LABELS[name])
 
 
 def draw_heading(page: Page, evaluation: Evaluation, title: str) -> None:

@@ -12,7 +12,7 @@ from flax_vae.metrics.fvd import frechet_distance
 from flax_vae.metrics.seams import Seam, seam
 
 NAMES = ("psnr", "ssim", "lpips")
-Failures = list[tuple[Path, str]]  # clips that are left out, and why
+Failure = tuple[Path, str]  # a clip that is left out, and why
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class ClipQuality:
-    """A clip, the scores of each of its frames by name (psnr in dB, ssim, lpips), and the features of its windows."""
+    """A clip, the scores of each of its frames by name (psnr in dB, ssim, lpips), and what else is kept of it."""
 
     clip: Clip
     scores: dict[str, list[float]]
-    windows: list[tuple[np.ndarray, np.ndarray]]  # of the input, of the reconstruction
+    windows: list[tuple[np.ndarray, np.ndarray]]  # features, of the input, of the reconstruction
+    samples: list[Sample]
 
     @property
     def frames(self) -> int:
@@ -52,7 +53,7 @@ class Evaluation:
     """
 
     clips: list[ClipQuality]
-    failed: Failures
+    failed: list[Failure]
     samples: list[Sample]
     chunk: int
     factor: int
@@ -98,6 +99,6 @@ def seam_text(seam: Seam) -> str:
     return f"{seam.score:+.2f}" + (f" \N{PLUS-MINUS SIGN} {seam.error:.2f}" if seam.error is not None else "")
 
 
-def listed(failed: Sequence[tuple[Path, str]]) -> list[str]:
+def listed(failed: Sequence[Failure]) -> list[str]:
     """Returns the first few reasons why clips are left out."""
     return first_few([error for _, error in failed])
