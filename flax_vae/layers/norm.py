@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from flax_vae.layers.conv import Clip, TorchLeaves, check_clip
 from flax_vae.layers.strips import strips
-from flax_vae.ops.precision import accumulation_dtype
+from flax_vae.ops.precision import accumulation_dtype, per_frame
 
 
 class CausalGroupNorm(nnx.Module):
@@ -33,7 +33,7 @@ class CausalGroupNorm(nnx.Module):
         """Normalises (B, T, H, W, C) and returns it in the dtype it came in."""
         check_clip(x, self.num_channels)
         wide = x.astype(accumulation_dtype(x))
-        scale, bias = (each[...].astype(wide.dtype).reshape(1, 1, 1, 1, -1) for each in (self.scale, self.bias))
+        scale, bias = (per_frame(each[...].astype(wide.dtype), x) for each in (self.scale, self.bias))
         centred = wide - self.group_mean(wide)
         scale = jax.lax.rsqrt(self.group_mean(jnp.square(centred)) + self.eps) * scale
         return (centred * scale + bias).astype(x.dtype)
@@ -41,10 +41,10 @@ class CausalGroupNorm(nnx.Module):
     def group_mean(self, x: Clip) -> Array:
         """Averages over the pixels of each frame and the channels of a group; returns (B, T, 1, 1, C).
 
-        One axis after the other: sums of sums round less than one long sum. Channels stay one axis, over which loops
-        are vectorized, until pixels are summed.
+        Channels stay one axis, over which loops are vectorized, until pixels are summed: rows and columns in one go,
+        which XLA's CPU backend gives to YNNPACK, with its many partial sums.
         """
-        of_channels = strips().mean(x.mean(axis=3).mean(axis=2))
+        of_channels = strips().mean(x.mean(axis=(2, 3)))
         size = self.num_channels // self.num_groups
         of_groups = of_channels.reshape(*x.shape[:2], self.num_groups, size).mean(axis=3)
         return jnp.repeat(of_groups, size, axis=2)[:, :, None, None]

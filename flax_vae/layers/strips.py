@@ -1,9 +1,9 @@
 """Frames cut into strips, each an image of its own: B batch, T frames, H W pixels, C channels.
 
-A TPU computes a convolution for eight images at a time. Of fewer, XLA cuts the frames into eight parts by itself, and
-puts them together again for each norm. Within `frames_in_strips` they are cut once for all layers: (B, T, H, W, C)
-is (B * strips, T, H / strips, W, C), or the same of W. A convolution then takes the rows around a strip from the strips
-beside it, a norm averages over all strips of a frame, and attention joins them.
+A TPU computes a convolution for eight images at a time. With fewer, XLA cuts the frames into eight parts by itself
+("space to batch"), and joins them for each norm. Within `frames_in_strips` they are cut once for all layers:
+(B, T, H, W, C) is (B * strips, T, H / strips, W, C), or the same of W. A convolution then takes the halo of a strip
+from the strips beside it, a norm averages over all strips of a frame, and attention joins them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jaxtyping import Array
 
 from flax_vae.ops.geometry import Pair
 
-IMAGES = 8  # a TPU computes at a time
+IMAGES_AT_A_TIME = 8  # that a TPU computes
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Strips:
 
     @property
     def name(self) -> str:
-        """Names what is divided."""
+        """What is divided: rows or columns."""
         return "rows" if self.axis == 2 else "columns"
 
     def cut(self, x: Array) -> Array:
@@ -40,32 +40,39 @@ class Strips:
             return x
         size = x.shape[self.axis] // self.count
         x = x.reshape(*x.shape[: self.axis], self.count, size, *x.shape[self.axis + 1 :])
-        return together(jnp.moveaxis(x, self.axis, 1))
+        return fold_strips(jnp.moveaxis(x, self.axis, 1))
 
     def join(self, x: Array) -> Array:
         """Undoes `cut`."""
         if self.count == 1:
             return x
         size = self.count * x.shape[self.axis]
-        x = jnp.moveaxis(self.apart(x), 1, self.axis)
+        x = jnp.moveaxis(self.split(x), 1, self.axis)
         return x.reshape(*x.shape[: self.axis], size, *x.shape[self.axis + 2 :])
 
-    def apart(self, x: Array) -> Array:
-        """Gives strips an axis of their own: (B * strips, ...) becomes (B, strips, ...)."""
+    def split(self, x: Array) -> Array:
+        """Splits strips off the batch: (B * strips, ...) becomes (B, strips, ...)."""
         return x.reshape(len(x) // self.count, self.count, *x.shape[1:])
 
     def mean(self, x: Array) -> Array:
-        """Gives each strip the average of (B * strips, ...) over all strips of its frame."""
+        """Averages (B * strips, ...) over all strips of a frame; each strip gets the average."""
         if self.count == 1:
             return x
-        means = self.apart(x).mean(axis=1, keepdims=True)
+        means = self.split(x).mean(axis=1, keepdims=True)
         return jnp.broadcast_to(means, (len(means), self.count, *x.shape[1:])).reshape(x.shape)
 
     def extended(self, x: Array, padding: tuple[Pair, Pair, Pair]) -> tuple[Array, tuple[Pair, Pair, Pair]]:
-        """Puts the rows around each strip there that `padding` of time, height and width would fill with zeros.
+        """Replaces the padding of each strip by its halo, the rows of the strips beside it.
 
-        Gives it, and the padding that is left. Zeros are around the first and the last strip. Raises ValueError for
-        strips of fewer rows than that.
+        Args:
+          x: strips (B * strips, T, H, W, C).
+          padding: (before, after) of time, height and width.
+
+        Returns:
+          The strips with their halos, and the padding that is left. The first and the last strip have zeros outside.
+
+        Raises:
+          ValueError: strips of fewer rows than the halo.
         """
         before, after = padding[self.axis - 1]
         if self.count == 1 or not (before or after):
@@ -75,61 +82,61 @@ class Strips:
                 f"strips of {x.shape[self.axis]} {self.name} cannot be padded by {before} and {after}: "
                 "cut frames into fewer strips"
             )
-        strips, axis = self.apart(x), self.axis + 1
+        strips, axis = self.split(x), self.axis + 1
         last = jax.lax.slice_in_dim(strips, x.shape[self.axis] - before, None, axis=axis)
         first = jax.lax.slice_in_dim(strips, 0, after, axis=axis)
-        around = [moved(last, 1), strips, moved(first, -1)]
+        around = [shifted(last, 1), strips, shifted(first, -1)]
         time, rows, columns = ((0, 0) if i == self.axis - 1 else pair for i, pair in enumerate(padding))
-        return together(jnp.concatenate(around, axis=axis)), (time, rows, columns)
+        return fold_strips(jnp.concatenate(around, axis=axis)), (time, rows, columns)
 
 
-def together(x: Array) -> Array:
-    """Undoes `Strips.apart`: (B, strips, ...) becomes (B * strips, ...)."""
+def fold_strips(x: Array) -> Array:
+    """Folds strips into the batch: (B, strips, ...) becomes (B * strips, ...)."""
     return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
-def moved(x: Array, steps: int) -> Array:
-    """Moves (B, strips, ...) by one strip, to the next or to the one before; zeros come to the place that is left."""
+def shifted(x: Array, steps: int) -> Array:
+    """Shifts (B, strips, ...) by one strip, to the next or to the one before, and fills with zeros."""
     kept = x[:, :-1] if steps > 0 else x[:, 1:]
     return jnp.pad(kept, ((0, 0), (1, 0) if steps > 0 else (0, 1), *((0, 0),) * (x.ndim - 2)))
 
 
-_strips = jax.make_user_context(Strips())  # compiled programs are kept by the values of both
+_strips = jax.make_user_context(Strips())  # both are part of the key under which jax caches programs
 _devices = jax.make_user_context(None)
 
 
 def strips() -> Strips:
-    """Tells how frames are cut where this is called."""
+    """Returns how frames are cut where this is called."""
     return _strips.value
 
 
 @contextmanager
 def frames_in_strips(cut: Strips) -> Iterator[None]:
-    """Within it layers take what they get as strips."""
+    """Within it layers take their inputs as strips."""
     with _strips(cut):
         yield
 
 
 @contextmanager
 def shared_by_tpus(devices: int | None) -> Iterator[None]:
-    """Within it models cut frames into strips, for so many TPUs that share each batch; for 0 they cut none.
+    """Within it models cut frames into strips for N TPUs that share each batch; for 0 they cut none.
 
-    Without it they do where jax computes on a TPU.
+    Without it they cut strips where jax computes on a TPU.
     """
     with _devices(devices):
         yield
 
 
 def strips_for(batch: int, size: Sequence[int], factor: int) -> Strips:
-    """Gives the strips that make eight images a TPU of a batch of frames of a size (H, W), or as near as they come.
+    """Returns the strips that make eight images a TPU of a batch of frames of a size (H, W), or as close as possible.
 
-    Height, or else width, is divided evenly, in strips of whole latents, `factor` pixels each.
+    Height, otherwise width, is divided evenly, in strips of whole latents, `factor` pixels each.
     """
     devices = _devices.value
     if devices is None:
         devices = int(jax.default_backend() == "tpu")
     if devices == 0 or batch % devices:
         return Strips()
-    wanted = IMAGES // math.gcd(batch // devices, IMAGES)
+    wanted = IMAGES_AT_A_TIME // math.gcd(batch // devices, IMAGES_AT_A_TIME)
     rows, columns = (math.gcd(length // factor, wanted) if length % factor == 0 else 1 for length in size)
     return Strips(2, rows) if rows >= columns else Strips(3, columns)

@@ -1,7 +1,10 @@
 """Precision of sums: float32 or better, whatever the dtype of what is summed."""
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
+
+from flax_vae.ops import schedule
 
 
 def accumulation_dtype(x: Array) -> np.dtype:
@@ -10,9 +13,18 @@ def accumulation_dtype(x: Array) -> np.dtype:
 
 
 def add_bias(y: Array, bias: Array) -> Array:
-    """Adds a bias (C) to (..., C) in float32 or better, in which its gradient, a sum over all pixels, is summed too."""
-    bias = bias.astype(accumulation_dtype(y)).reshape((1,) * (y.ndim - 1) + bias.shape)
-    return (y.astype(bias.dtype) + bias).astype(y.dtype)
+    """Adds a bias (C) to (B, T, H, W, C) in float32 or better, in which its gradient is summed too."""
+    bias = bias.astype(accumulation_dtype(y))
+    return (y.astype(bias.dtype) + per_frame(bias, y)).astype(y.dtype)
+
+
+def per_frame(parameter: Array, clip: Array) -> Array:
+    """Repeats a parameter (C) for each frame of a clip (B, T, H, W, C): (B, T, 1, 1, C).
+
+    Its gradient is the sum over the pixels of each frame, then over frames. Sums of sums round less than one long sum,
+    which XLA makes of the two unless a barrier is between them.
+    """
+    return schedule.gradients_together(jnp.broadcast_to(parameter, (*clip.shape[:2], 1, 1, *parameter.shape)))
 
 
 def mean(values: Array, axes: int | None = None) -> Array:

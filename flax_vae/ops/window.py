@@ -1,4 +1,4 @@
-"""What a convolution is beside its kernel, and which frames each time tap of the kernel sees.
+"""The window of a convolution: stride, padding, dilation, groups; and which frames each time tap of a kernel sees.
 
 B batch, T frames, H W pixels, C channels; arrays are B T H W C, kernels are T H W I O.
 """
@@ -16,30 +16,29 @@ from jax import lax
 from jaxtyping import Array
 
 from flax_vae.ops.geometry import Pair, Triple, conv_outputs
-from flax_vae.ops.precision import accumulation_dtype as wide_dtype  # noqa: F401
 
-Lowering = Literal["platform", "plain", "stacked", "frames", "winograd"]
-_lowering = jax.make_user_context("platform")  # which compiled programs are kept by
+Lowering = Literal["platform", "plain", "stacked", "per_frame", "winograd"]
+_lowering = jax.make_user_context("platform")  # part of the key under which jax caches programs
 
 
 @contextlib.contextmanager
-def lowered(way: Lowering) -> Iterator[None]:
-    """Within it convolutions are traced to run in one way, where it can compute them, or as suits the platform.
+def lowered(by: Lowering) -> Iterator[None]:
+    """Within it convolutions are traced with one lowering where it supports them, or as suits the platform.
 
-    "plain" is XLA's own; what Winograd's products cannot compute runs by frames, and what no other way can, as XLA's.
+    "plain" is XLA's own; what Winograd's products do not support runs per frame, and what no other does, as XLA's.
     """
-    with _lowering(way):
+    with _lowering(by):
         yield
 
 
 def lowering() -> Lowering:
-    """Tells how convolutions are computed where this is called."""
+    """Returns the lowering of convolutions where this is called."""
     return _lowering.value
 
 
 @dataclass(frozen=True)
 class Window:
-    """What a convolution is beside its kernel: stride, padding and dilation of time, height and width, and groups."""
+    """Stride, padding and dilation of time, height and width, groups, and the lowering that is asked for."""
 
     stride: Triple
     padding: tuple[Pair, Pair, Pair]
@@ -48,18 +47,18 @@ class Window:
     lowering: Lowering = field(default_factory=lowering)
 
     def output_size(self, size: Sequence[int], kernel: Sequence[int]) -> tuple[int, ...]:
-        """Gives the output's time, height and width, 0 where the input is too small."""
+        """Returns the output's time, height and width, 0 where the input is too small."""
         axes = zip(size, kernel[:3], self.stride, self.padding, self.dilation, strict=True)
         return tuple(conv_outputs(*axis) for axis in axes)
 
     def mirrored(self, kernel: Sequence[int]) -> Window:
-        """Gives the window in which the mirrored kernel takes gradients of outputs to those of inputs, at stride 1."""
+        """Returns the window in which the mirrored kernel maps gradients of outputs to those of inputs, at stride 1."""
         reach = [(k - 1) * dilation for k, dilation in zip(kernel[:3], self.dilation, strict=True)]
         time, height, width = ((r - low, r - high) for r, (low, high) in zip(reach, self.padding, strict=True))
         return replace(self, padding=(time, height, width))
 
     def time_taps(self, kernel: int, frames: int) -> list[Tap]:
-        """Lists those of so many time taps that see any frame; the others see zeros alone."""
+        """Lists those of `kernel` time taps that see any of the frames; the others see padding alone."""
         stride, dilation, before = self.stride[0], self.dilation[0], self.padding[0][0]
         outputs = conv_outputs(frames, kernel, stride, self.padding[0], dilation)
         taps = []
@@ -73,7 +72,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Tap:
-    """The outputs `start` to `stop` of which a time tap sees a frame, from `frame` on with a stride between them."""
+    """A time tap: its outputs `start` to `stop` see the frames from `frame` on, a stride apart."""
 
     index: int
     start: int
@@ -83,21 +82,21 @@ class Tap:
 
     @property
     def frames(self) -> slice:
-        """Gives the frames that it sees."""
+        """The frames that it sees."""
         return slice(self.frame, self.frame + (self.stop - self.start - 1) * self.stride + 1, self.stride)
 
 
 def mirrored(kernel: Array) -> Array:
-    """Gives the kernel that, in `Window.mirrored`, takes gradients of outputs to those of inputs: O to I channels."""
+    """Returns the kernel that, in `Window.mirrored`, maps gradients of outputs to those of inputs: O to I channels."""
     return jnp.swapaxes(kernel[::-1, ::-1, ::-1], 3, 4)
 
 
-def images(x: Array) -> Array:
-    """Brings (B, T, H, W, C) to (B * T, H, W, C)."""
+def fold_frames(x: Array) -> Array:
+    """Folds time into the batch: (B, T, H, W, C) becomes (B * T, H, W, C)."""
     return x.reshape(-1, *x.shape[2:])
 
 
-def put(part: Array, start: int, frames: int, step: int = 1) -> Array:
-    """Puts frames of zeros around and between those of `part`, which become `start`, `start + step`, ... of so many."""
+def pad_frames(part: Array, start: int, frames: int, step: int = 1) -> Array:
+    """Pads with frames of zeros, so that those of `part` become `start`, `start + step`, ... of `frames` frames."""
     after = frames - start - (part.shape[1] - 1) * step - 1
     return lax.pad(part, jnp.zeros((), part.dtype), ((0, 0, 0), (start, after, step - 1), *((0, 0, 0),) * 3))

@@ -1,9 +1,10 @@
 """Convolutions of three by three pixels with 2.25 times fewer products: B batch, T frames, H W pixels, C channels.
 
-Winograd's F(2x2, 3x3) (Lavin & Gray 2016, arXiv:1509.09308). Tiles of 4x4 input pixels, which overlap by two, and a
-kernel are each brought to 4x4 sums; the products of these, over channels, are brought back to tiles of 2x2 output
-pixels. All coefficients are 0, 1, -1 or 1/2, so float32 rounds about as much as without it. Frames, or blocks of their
-rows, go one after the other: what one becomes still lies in the cache when all time taps are multiplied with it.
+Winograd's F(2x2, 3x3) (Lavin & Gray 2016, arXiv:1509.09308): y = A' [(G g G') * (B' d B)] A. Tiles d of 4x4 input
+pixels, which overlap by two, and kernels g of 3x3 are each transformed to 4x4 sums; the products of these, over
+channels, are transformed back to tiles y of 2x2 output pixels. All coefficients are 0, 1, -1 or 1/2, so float32 rounds
+about as much as without it. Frames, or blocks of their rows, go one after the other: the sums of one are still in the
+cache when all time taps are multiplied with it.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from jax import lax
 from jaxtyping import Array
 
 from flax_vae.ops import schedule
-from flax_vae.ops.geometry import Pair, steps_of_frames
-from flax_vae.ops.window import images
+from flax_vae.ops.geometry import Pair, frame_steps
+from flax_vae.ops.window import fold_frames
 
-TILES = 1000  # of a block of a frame: their sums, and the products with these, stay in the cache
-CHANNELS = 512  # of sums and products together, with which that is so; with more, a block has fewer tiles
-BLOCKS = 8  # of a frame at most: each is compiled
+CACHE_TILES = 1000  # of a block of a frame: their sums, and the products with these, stay in the cache
+CACHE_CHANNELS = 512  # of sums and products together, at which they do; with more, a block has fewer tiles
+MAX_BLOCKS = 8  # of a frame: each is compiled
 
-Terms = Sequence[Sequence[tuple[int, float]]]  # for each sum, what it is of, and the weights
+Terms = Sequence[Sequence[tuple[int, float]]]  # rows of a matrix: for each sum, (index, coefficient) of its terms
 Sums = list[list[Array]]
 INPUT: Terms = [[(0, 1.0), (2, -1.0)], [(1, 1.0), (2, 1.0)], [(2, 1.0), (1, -1.0)], [(1, 1.0), (3, -1.0)]]
 KERNEL: Terms = [[(0, 1.0)], [(0, 0.5), (1, 0.5), (2, 0.5)], [(0, 0.5), (1, -0.5), (2, 0.5)], [(2, 1.0)]]
@@ -33,15 +34,15 @@ OUTPUT: Terms = [[(0, 1.0), (1, 1.0), (2, 1.0)], [(1, 1.0), (2, -1.0), (3, -1.0)
 
 
 def convolve(x: Array, kernel: Array, padding: tuple[Pair, Pair], backwards: bool = False) -> Array:
-    """Convolves (B, T, H, W, I) with (taps, 3, 3, I, O), with zeros around each frame.
+    """Convolves (B, T, H, W, I) with (taps, 3, 3, I, O), each frame zero-padded.
 
-    Before the first frame, or `backwards` after the last, are taps - 1 frames of zeros.
+    Time is padded with taps - 1 frames of zeros in front, or, for `backwards`, behind.
     """
     rows, columns = (size + sum(pad) - 2 for size, pad in zip(x.shape[2:4], padding, strict=True))
     spectrum = kernel_sums(jnp.concatenate(list(kernel), axis=-1))
     tiles, done = tiled(x, padding), []
     channels = kernel.shape[3] + len(kernel) * kernel.shape[4]
-    for block in blocks_of_rows(len(x), *(size // 2 - 1 for size in tiles.shape[2:4]), channels):
+    for block in blocks_of_rows(len(x), tiles.shape[2] // 2 - 1, tiles.shape[3] // 2 - 1, channels):
         seen = tiles[:, :, 2 * block.start : 2 * block.stop + 2]
         seen = schedule.after(done[-1], seen) if done else seen
         done.append(multiplied(seen, spectrum, len(kernel), backwards))
@@ -49,14 +50,18 @@ def convolve(x: Array, kernel: Array, padding: tuple[Pair, Pair], backwards: boo
 
 
 def blocks_of_rows(batch: int, rows: int, columns: int, channels: int) -> list[slice]:
-    """Cuts the rows of a frame's tiles into blocks that the cache holds, or into BLOCKS blocks."""
-    tiles = TILES * min(1, CHANNELS / channels)
-    size = -(-rows // min(BLOCKS, max(1, round(batch * rows * columns / tiles))))
+    """Cuts the rows of a frame's tiles into blocks that the cache holds, at most `MAX_BLOCKS`."""
+    tiles = CACHE_TILES * min(1, CACHE_CHANNELS / channels)
+    size = -(-rows // min(MAX_BLOCKS, max(1, round(batch * rows * columns / tiles))))
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
 def multiplied(x: Array, spectrum: Sums, taps: int, backwards: bool) -> Array:
-    """Convolves (B, T, H, W, I), which `tiled` gave, with the sums of a kernel, to (B, T, H - 2, W - 2, O)."""
+    """Convolves (B, T, H, W, I), padded by `tiled`, with the sums of a kernel, to (B, T, H - 2, W - 2, O).
+
+    A frame is transformed once and multiplied with all taps: 16 matmuls (tiles, I) by (I, taps * O). `later` holds what
+    the frames so far have added to the next taps - 1 outputs, so that an output is whole when its last frame is done.
+    """
     b, frames, height, width, _ = x.shape
     out = spectrum[0][0].shape[1] // taps
 
@@ -77,17 +82,20 @@ def multiplied(x: Array, spectrum: Sums, taps: int, backwards: bool) -> Array:
 
 
 def kernel_gradient(x: Array, dy: Array, padding: tuple[Pair, Pair], taps: int) -> Array:
-    """Gives the gradient by the kernel of `convolve` from that by its output, with as many frames as the input."""
+    """Returns the gradient by the kernel of `convolve`, given that by its output, with as many frames as the input.
+
+    The transposed transforms: 16 matmuls (I, tiles) by (tiles, taps * O), summed over steps of frames.
+    """
     channels, out = x.shape[4], dy.shape[4]
     x, (rows, columns) = tiled(x, padding), (size % 2 for size in dy.shape[2:4])
-    steps, size = steps_of_frames(x.shape[1], len(x) * dy.shape[2] * dy.shape[3])
+    steps, size = frame_steps(x.shape[1], len(x) * dy.shape[2] * dy.shape[3])
     missing = steps * size - x.shape[1]
     x = jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0), (0, 0)))
     dy = jnp.pad(dy, ((0, 0), (0, missing + taps - 1), (0, rows), (0, columns), (0, 0)))
 
     def step(sums, index):
-        seen = input_sums(images(lax.dynamic_slice_in_dim(x, index * size, size, 1)))
-        later = [images(lax.dynamic_slice_in_dim(dy, index * size + tap, size, 1)) for tap in range(taps)]
+        seen = input_sums(fold_frames(lax.dynamic_slice_in_dim(x, index * size, size, 1)))
+        later = [fold_frames(lax.dynamic_slice_in_dim(dy, index * size + tap, size, 1)) for tap in range(taps)]
         products = jax.tree.map(over_pixels, seen, output_sums(jnp.stack(later, axis=1)))
         return jax.tree.map(add, sums, products), None
 
@@ -99,7 +107,7 @@ def kernel_gradient(x: Array, dy: Array, padding: tuple[Pair, Pair], taps: int) 
 
 
 def tiled(x: Array, padding: tuple[Pair, Pair]) -> Array:
-    """Puts zeros around each frame, so many that an even number of rows and columns can be cut into tiles."""
+    """Pads each frame with zeros, up to an even number of rows and columns, which can be cut into tiles."""
     rows, columns = (
         (low, high + (size + low + high) % 2) for size, (low, high) in zip(x.shape[2:4], padding, strict=True)
     )
@@ -107,7 +115,7 @@ def tiled(x: Array, padding: tuple[Pair, Pair]) -> Array:
 
 
 def combined(entry: Callable[[int, int], Array], terms: Terms) -> Sums:
-    """Gives the sums over rows and over columns of entries (i, j), by the same terms."""
+    """Applies a transform to rows and columns of entries (i, j): terms @ entries @ terms'."""
     return [
         [reduce(add, (scaled(entry(i, j), a * b) for i, a in rows for j, b in columns)) for columns in terms]
         for rows in terms
@@ -120,17 +128,17 @@ def scaled(x: Array, weight: float) -> Array:
 
 
 def transposed(terms: Terms, count: int) -> Terms:
-    """Gives the terms of the transposed matrix, which has `count` rows."""
+    """Returns the terms of the transposed matrix, which has `count` rows."""
     return [[(row, weight) for row, line in enumerate(terms) for i, weight in line if i == of] for of in range(count)]
 
 
 def kernel_sums(kernel: Array) -> Sums:
-    """Brings (3, 3, I, O) to four by four sums (I, O)."""
+    """Transforms a kernel (3, 3, I, O) to 4x4 sums (I, O)."""
     return combined(lambda i, j: kernel[i, j], KERNEL)
 
 
 def input_sums(frame: Array) -> Sums:
-    """Brings (B, H, W, C) to four by four sums (B, tiles, tiles, C)."""
+    """Transforms frames (B, H, W, C) to 4x4 sums (B, tiles, tiles, C)."""
     b, height, width, channels = frame.shape
     pairs = frame.reshape(b, height // 2, 2, width // 2, 2, channels)
     rows, columns = height // 2 - 1, width // 2 - 1
@@ -142,13 +150,13 @@ def input_sums(frame: Array) -> Sums:
 
 
 def output_pixels(sums: Sums, tap: int) -> Array:
-    """Brings four by four sums (B, tiles, tiles, taps, O) of one tap to pixels (B, tiles, 2, tiles, 2, O)."""
+    """Transforms 4x4 sums (B, tiles, tiles, taps, O) of one tap back to pixels (B, tiles, 2, tiles, 2, O)."""
     pixels = combined(lambda i, j: sums[i][j][:, :, :, tap], OUTPUT)
     return jnp.stack([jnp.stack(row, axis=3) for row in pixels], axis=2)
 
 
 def output_sums(frames: Array) -> Sums:
-    """Brings pixels (B, taps, H, W, O) to four by four sums (B, tiles, tiles, taps * O), transposed to the above."""
+    """Transforms pixels (B, taps, H, W, O) to 4x4 sums (B, tiles, tiles, taps * O): `output_pixels` transposed."""
     b, taps, height, width, out = frames.shape
     pairs = frames.reshape(b, taps, height // 2, 2, width // 2, 2, out)
 

@@ -13,25 +13,25 @@ from flax_vae import CausalVideoVAE
 from flax_vae.layers.conv import CausalConv3d
 from flax_vae.layers.resnet import CausalResnetBlock
 from flax_vae.layers.scan import scan_chunks
-from flax_vae.layers.sequence import run_layers
+from flax_vae.layers.sequence import Execution, run_layers
 from tests.little import CONFIG
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 PLAIN = dataclasses.replace(CONFIG, encoder_block_dropout=(0.2, 0.3), decoder_block_dropout=(0.4, 0.1))
-REMAT = dataclasses.replace(PLAIN, remat=True)
 
 
 @pytest.fixture(scope="module")
 def models(randomized):
     """Gives the model without and with remat, with the same weights, the same random state, and dropout on."""
 
-    def build(config):
-        vae = CausalVideoVAE(config, rngs=nnx.Rngs(0))
-        nnx.update(vae, nnx.state(randomized(lambda rngs: CausalVideoVAE(config, rngs=rngs)), nnx.Param))
+    def build(execution):
+        vae = CausalVideoVAE(PLAIN, rngs=nnx.Rngs(0))
+        nnx.update(vae, nnx.state(randomized(lambda rngs: CausalVideoVAE(PLAIN, rngs=rngs)), nnx.Param))
+        vae.execution = execution
         return vae
 
-    return build(PLAIN), build(REMAT)
+    return build(Execution()), build(Execution(remat=True))
 
 
 def loss(vae, x):
@@ -76,8 +76,7 @@ def test_values_gradients_and_random_state_equal_the_plain_ones(whole_steps):
 def test_remat_takes_less_memory(whole_steps, models, noise, monkeypatch):
     (plain, _), (remat, _) = whole_steps
     assert remat < 0.78 * plain  # 0.74; of the encoder or the decoder alone 0.82 and more
-    for module in ("resnet", "blocks"):
-        monkeypatch.setattr(f"flax_vae.layers.{module}.remat", lambda function, *args: function(*args))
+    monkeypatch.setattr("flax_vae.layers.resnet.remat", lambda function, *args: function(*args))
     everything_kept, _ = gradient_step(models[0], noise((1, 9, 32, 32, 3)))
     assert remat < 0.58 * everything_kept
 
@@ -103,7 +102,7 @@ class Body(nnx.Module):
         self.conv, self.resnet = CausalConv3d(3, 4, 3, 2, rngs=rngs), CausalResnetBlock(4, None, 2, 0.3, rngs=rngs)
 
     def step(self, x, carry=None):
-        return run_layers([self.conv, self.resnet], x, carry, self.remat)
+        return run_layers([self.conv, self.resnet], x, carry, Execution(self.remat))
 
 
 @pytest.fixture
@@ -148,14 +147,14 @@ def test_a_model_with_remat_may_be_part_of_the_function_that_is_transformed(bodi
     check_equal(results, expected)
 
 
-def test_a_checkpoint_knows_no_remat_and_is_loaded_with_or_without(models, tmp_path):
+def test_a_checkpoint_knows_no_remat_and_a_model_is_switched_after_loading(models, tmp_path):
     models[1].save_pretrained(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
     assert "remat" not in values
-    assert not CausalVideoVAE.from_pretrained(tmp_path).config.remat
-    switched_on = CausalVideoVAE.from_pretrained(tmp_path, config=REMAT)
-    assert switched_on.config.remat
-    assert switched_on.encoder.remat
+    loaded = CausalVideoVAE.from_pretrained(tmp_path)
+    assert loaded.execution == Execution()
+    loaded.execution = Execution(remat=True)
+    assert loaded.encoder.execution == loaded.decoder.execution == Execution(remat=True)
     (tmp_path / "config.json").write_text(json.dumps(values | {"remat": True}))
     with pytest.raises(ValueError, match="unknown config keys: remat"):
         CausalVideoVAE.from_pretrained(tmp_path)

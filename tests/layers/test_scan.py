@@ -11,7 +11,7 @@ from flax_vae.layers import scan as chunks
 from flax_vae.layers.conv import CausalConv3d
 from flax_vae.layers.resample import TemporalDownsample, TemporalUpsample
 from flax_vae.layers.resnet import CausalResnetBlock
-from flax_vae.layers.scan import fit_frames, scan_chunks
+from flax_vae.layers.scan import scan_chunks
 from flax_vae.layers.sequence import run_layers
 from tests.little import CONFIG, ONE_BLOCK
 
@@ -253,11 +253,3 @@ def test_a_model_without_dropout_is_left_as_it_was(chain, noise):
     after = nnx.split(chain)
     assert after[0] == structure
     assert all(a is b for a, b in zip(*map(jax.tree.leaves, (after[1], state)), strict=True))
-
-
-@settings(max_examples=15)
-@given(frames=st.integers(1, 9), wanted=st.integers(0, 12))
-def test_fitting_frames_cuts_or_repeats_the_last(frames, wanted):
-    x = np.arange(2.0 * frames * 3).reshape(2, frames, 3)
-    kept = np.minimum(np.arange(wanted), frames - 1)
-    assert np.array_equal(fit_frames(x, wanted), x[:, kept])

@@ -13,6 +13,7 @@ from flax_vae.layers.attention import Attention
 from flax_vae.layers.conv import CausalConv3d
 from flax_vae.layers.norm import CausalGroupNorm
 from flax_vae.layers.resample import SpatialDownsample, SpatialUpsample
+from flax_vae.layers.sequence import Execution
 from flax_vae.layers.strips import Strips, frames_in_strips, shared_by_tpus, strips_for
 
 LAYERS = {
@@ -79,7 +80,7 @@ def test_model_cuts_frames_where_tpus_compute_and_gives_the_same(frame_by_frame,
         structure, state = nnx.split(CausalVideoVAE(config, rngs=nnx.Rngs(0)))
         state = jax.tree.map(lambda leaf: 3 * leaf.astype(float) if leaf.dtype == jnp.float32 else leaf, state)
         vae = nnx.merge(structure, state)
-        vae.encoder.frame_by_frame = vae.decoder.frame_by_frame = frame_by_frame
+        vae.execution = Execution(frame_by_frame=frame_by_frame)
         video = drawn(2, 17, 32, 24, 3)
 
         def coded(vae, video):

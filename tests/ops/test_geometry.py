@@ -1,4 +1,4 @@
-"""Arithmetic of sizes, padding and frame counts, against counting by hand and against numpy's padding."""
+"""Arithmetic of sizes and padding, against counting by hand and against numpy's padding."""
 
 import re
 
@@ -7,13 +7,11 @@ import numpy as np
 import pytest
 
 from flax_vae.ops.geometry import (
-    ENOUGH,
+    MIN_PIXELS_PER_STEP,
     causal_padding,
     conv_output_size,
-    latent_frames,
+    frame_steps,
     lax_padding,
-    pixel_frames,
-    steps_of_frames,
     triple,
 )
 
@@ -105,35 +103,9 @@ def test_impossible_torch_pads_are_refused():
             lax_padding((1, 1), 3, order)
 
 
-@given(st.integers(1, 10_000), st.sampled_from([1, 2, 3, 4, 8, 16]))
-def test_frames_and_latents_count_back_and_forth(latents, factor):
-    frames = pixel_frames(latents, factor)
-    assert latent_frames(frames, factor) == latents
-    assert frames == 1 + factor * (latents - 1)
-
-
-@given(st.integers(-20, 200), st.integers(2, 16))
-def test_other_numbers_of_frames_are_refused_with_the_nearest_that_fit(frames, factor):
-    fitting = range(1, 400, factor)
-    if frames in fitting:
-        assert latent_frames(frames, factor) == fitting.index(frames) + 1
-        return
-    with pytest.raises(ValueError, match=rf"{factor}k \+ 1 frames, got {frames}: use ") as caught:
-        latent_frames(frames, factor)
-    below, above = [n for n in fitting if n < frames][-1:], [n for n in fitting if n > frames][:1]
-    advised = [int(number) for number in str(caught.value).split("use ")[1].split(" or ")]
-    assert advised == (below + above if below else [1])
-
-
-@pytest.mark.parametrize("latents", [0, -1])
-def test_no_latents_decode_to_no_clip(latents):
-    with pytest.raises(ValueError, match=f"at least one latent frame, got {latents}"):
-        pixel_frames(latents, 8)
-
-
-@given(st.integers(1, 200), st.integers(1, 3 * ENOUGH))
+@given(st.integers(1, 200), st.integers(1, 3 * MIN_PIXELS_PER_STEP))
 def test_steps_take_every_frame_and_none_is_empty(frames, pixels):
-    steps, size = steps_of_frames(frames, pixels)
+    steps, size = frame_steps(frames, pixels)
     assert (steps - 1) * size < frames <= steps * size
-    assert (size - 1) * pixels < ENOUGH  # no more frames than it takes
-    assert steps == 1 or 2 * size * pixels > ENOUGH
+    assert (size - 1) * pixels < MIN_PIXELS_PER_STEP  # no more frames than it takes
+    assert steps == 1 or 2 * size * pixels > MIN_PIXELS_PER_STEP

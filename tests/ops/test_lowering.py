@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flax_vae.layers.conv import CausalConv3d
-from flax_vae.ops import per_frame as frames
-from flax_vae.ops import winograd
-from flax_vae.ops.lowering import _computed, convolve, kernel_gradient
+from flax_vae.ops import per_frame, winograd
+from flax_vae.ops.lowering import _lowered, convolve, kernel_gradient
 from flax_vae.ops.window import Window, lowered
 
 CAUSAL = ((2, 0), (1, 1), (1, 1))
@@ -48,20 +47,20 @@ def gradients(window: Window, x: jax.Array, kernel: jax.Array):
     return y, pull(dy), jax.grad(squares, (0, 1, 2))(x, kernel, dy)
 
 
-WAYS = [(way, name, (3, 4)) for way in ("frames", "stacked") for name in CASES]
-WAYS += [("winograd", name, (3, 4)) for name in ("causal", "carried", "before-the-end", "frames-of-odd-size")]
-WAYS += [  # fewer inputs, of all time taps together, than outputs
-    ("frames", name, (1, 8))
+LOWERINGS = [(lowering, name, (3, 4)) for lowering in ("per_frame", "stacked") for name in CASES]
+LOWERINGS += [("winograd", name, (3, 4)) for name in ("causal", "carried", "before-the-end", "frames-of-odd-size")]
+LOWERINGS += [  # fewer inputs, of all time taps together, than outputs
+    ("per_frame", name, (1, 8))
     for name in ("causal", "before-the-end", "down-by-2-and-3", "dilated", "longer-than-the-clip")
 ]
 
 
-@pytest.mark.parametrize(("way", "name", "channels"), WAYS)
-def test_each_way_gives_what_xla_gives(way, name, channels):
+@pytest.mark.parametrize(("lowering", "name", "channels"), LOWERINGS)
+def test_each_lowering_gives_what_xla_gives(lowering, name, channels):
     size, *rest = CASES[name]
     x, kernel = drawn(2, 5, 7, 6, channels[0]), drawn(*size, *channels)
     ours, xlas = (
-        jax.jit(gradients, static_argnums=0)(Window(*rest, lowering=each), x, kernel) for each in (way, "plain")
+        jax.jit(gradients, static_argnums=0)(Window(*rest, lowering=each), x, kernel) for each in (lowering, "plain")
     )
     for actual, expected in zip(jax.tree.leaves(ours), jax.tree.leaves(xlas), strict=True):
         np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
@@ -69,16 +68,18 @@ def test_each_way_gives_what_xla_gives(way, name, channels):
 
 @pytest.mark.parametrize("name", CASES)
 def test_large_frames_give_what_xla_gives(name, monkeypatch):
-    monkeypatch.setattr(frames, "LARGE", 20)  # frames one by one, gradients by the kernel in blocks of their rows
+    monkeypatch.setattr(
+        per_frame, "CACHE_PIXELS", 20
+    )  # frames one by one, gradients by the kernel in blocks of their rows
     size, *rest = CASES[name]
     x, kernel = drawn(1, 5, 11, 6, 3), drawn(*size, 3, 4)  # a shape of this test: programs are kept by shape
-    ours, xlas = (gradients(Window(*rest, lowering=each), x, kernel) for each in ("frames", "plain"))
+    ours, xlas = (gradients(Window(*rest, lowering=each), x, kernel) for each in ("per_frame", "plain"))
     for actual, expected in zip(jax.tree.leaves(ours), jax.tree.leaves(xlas), strict=True):
         np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
 
 
-def test_frames_are_computed_by_2d_convolutions_and_matmuls():
-    window = Window((1, 1, 1), CAUSAL, lowering="frames")
+def test_frames_are_lowered_by_2d_convolutions_and_matmuls():
+    window = Window((1, 1, 1), CAUSAL, lowering="per_frame")
     text = str(
         jax.make_jaxpr(lambda x, kernel: gradients(window, x, kernel))(drawn(1, 4, 5, 6, 3), drawn(3, 3, 3, 3, 2))
     )
@@ -89,10 +90,10 @@ def test_frames_are_computed_by_2d_convolutions_and_matmuls():
 @pytest.mark.parametrize(
     ("kernel", "window"),
     [
-        ((3, 3, 3, 2, 4), Window((1, 1, 1), CAUSAL, groups=2, lowering="frames")),
-        ((1, 1, 1, 4, 4), Window((1, 2, 2), ((0, 0),) * 3, lowering="frames")),
-        ((3, 3, 3, 4, 4), Window((1, 2, 2), CAUSAL, (1, 2, 2), lowering="frames")),
-        ((9, 3, 3, 4, 4), Window((1, 1, 1), ((0, 0), (1, 1), (1, 1)), lowering="frames")),
+        ((3, 3, 3, 2, 4), Window((1, 1, 1), CAUSAL, groups=2, lowering="per_frame")),
+        ((1, 1, 1, 4, 4), Window((1, 2, 2), ((0, 0),) * 3, lowering="per_frame")),
+        ((3, 3, 3, 4, 4), Window((1, 2, 2), CAUSAL, (1, 2, 2), lowering="per_frame")),
+        ((9, 3, 3, 4, 4), Window((1, 1, 1), ((0, 0), (1, 1), (1, 1)), lowering="per_frame")),
     ],
     ids=["groups", "stride-longer-than-kernel", "dilated-with-stride", "no-output"],
 )
@@ -112,7 +113,7 @@ def test_what_does_not_suit_frames_is_left_to_xla(kernel, window):
     dilation=st.tuples(*[st.integers(1, 3)] * 3),
 )
 def test_shapes_of_any_window(size, kernel, stride, padding, dilation):
-    window = Window(stride, padding, dilation, lowering="frames")
+    window = Window(stride, padding, dilation, lowering="per_frame")
     x, weights = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32), jax.ShapeDtypeStruct((*kernel, 3, 4), jnp.float32)
     y, gradients = jax.eval_shape(
         lambda *inputs: (
@@ -128,7 +129,7 @@ def test_shapes_of_any_window(size, kernel, stride, padding, dilation):
 
 def test_sums_of_bfloat16_are_taken_in_float32():
     x, kernel = drawn(1, 6, 8, 8, 64).astype(jnp.bfloat16), drawn(3, 3, 3, 64, 8).astype(jnp.bfloat16)
-    window = Window((1, 1, 1), CAUSAL, lowering="frames")
+    window = Window((1, 1, 1), CAUSAL, lowering="per_frame")
     y = convolve(x, kernel, window)
     dkernel = kernel_gradient(x, y, window, (3, 3, 3))
     assert (y.dtype, dkernel.dtype) == (jnp.bfloat16, jnp.bfloat16)
@@ -175,7 +176,7 @@ def test_winograds_products_give_kernels_gradients_of_frames_that_are_not_large(
 def test_taps_are_one_convolution_of_their_inputs_while_these_are_few(channels, convolutions):
     x = jax.ShapeDtypeStruct((1, 5, 8, 8, channels), jnp.float32)
     kernel = jax.ShapeDtypeStruct((3, 3, 3, channels, 128), jnp.float32)
-    window = Window((1, 1, 1), CAUSAL, lowering="frames")
+    window = Window((1, 1, 1), CAUSAL, lowering="per_frame")
     text = str(jax.make_jaxpr(lambda *inputs: convolve(*inputs, window))(x, kernel))
     assert text.count("conv_general_dilated[") == convolutions
 
@@ -184,7 +185,7 @@ def test_large_frames_are_convolved_one_by_one():
     def convolutions(size):
         x = jax.ShapeDtypeStruct((1, 5, size, size, 32), jnp.float32)
         kernel = jax.ShapeDtypeStruct((3, 3, 3, 32, 32), jnp.float32)
-        window = Window((1, 1, 1), CAUSAL, lowering="frames")
+        window = Window((1, 1, 1), CAUSAL, lowering="per_frame")
         return str(jax.make_jaxpr(lambda *inputs: convolve(*inputs, window))(x, kernel)).count("conv_general_dilated[")
 
     assert (convolutions(64), convolutions(72)) == (1, 5)
@@ -194,7 +195,7 @@ def test_large_frames_are_convolved_one_by_one():
 def test_frames_in_blocks_of_rows_give_what_whole_ones_give(monkeypatch, backwards):
     x, kernel, padding = drawn(2, 3, 21, 12, 3), drawn(3, 3, 3, 3, 4), ((1, 1), (0, 2))
     whole = winograd.convolve(x, kernel, padding, backwards)
-    monkeypatch.setattr(winograd, "TILES", 30)
+    monkeypatch.setattr(winograd, "CACHE_TILES", 30)
     assert winograd.blocks_of_rows(2, 11, 6, 15) == [slice(0, 3), slice(3, 6), slice(6, 9), slice(9, 11)]
     np.testing.assert_allclose(
         winograd.convolve(x, kernel, padding, backwards), whole, rtol=0, atol=2e-6 * np.abs(whole).max()
@@ -207,9 +208,9 @@ def test_frames_in_blocks_of_rows_give_what_whole_ones_give(monkeypatch, backwar
 def test_blocks_of_rows_hold_every_tile_once(batch, rows, columns, channels):
     blocks, tiles = winograd.blocks_of_rows(batch, rows, columns, channels), 1000 if channels == 9 else 125
     assert [row for block in blocks for row in range(block.start, block.stop)] == list(range(rows))
-    assert len(blocks) <= winograd.BLOCKS
+    assert len(blocks) <= winograd.MAX_BLOCKS
     largest = max(block.stop - block.start for block in blocks) - 1  # rows are not cut
-    assert largest * batch * columns <= max(1.5 * tiles, batch * rows * columns / winograd.BLOCKS)
+    assert largest * batch * columns <= max(1.5 * tiles, batch * rows * columns / winograd.MAX_BLOCKS)
 
 
 @pytest.mark.parametrize(
@@ -233,5 +234,5 @@ def test_gradients_that_are_not_jitted_are_compiled_once():
     compiled = []
     for _ in range(2):
         jax.grad(lambda *pair: convolve(*pair, window).sum(), (0, 1))(x, kernel)
-        compiled.append(_computed._cache_size())
+        compiled.append(_lowered._cache_size())
     assert compiled[0] == compiled[1] > 0
