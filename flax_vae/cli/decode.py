@@ -6,13 +6,12 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from flax_vae.cli.options import Clip, CodingOptions, Hidden, Weights
+from flax_vae.cli.options import Clip, CodingOptions, Hidden, Weights, described
 from flax_vae.jobs.screen import note
 
 In = Annotated[
-    Path,
-    Positional,
-    arg(metavar="IN", help="latents: a folder that flax-vae encode has written, or one file; or a folder of such"),
+    Positional[Path],
+    described("IN", "latents: a folder that flax-vae encode has written, or one file; or a folder of such"),
 ]
 
 

@@ -4,9 +4,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
-from tyro.conf import arg
+from flax_vae.cli.options import described
 
-Out = Annotated[Path, arg(metavar="DIR", help="folder to write; made if it is not there")]
+Out = Annotated[Path, described("DIR", "folder to write; made if it is not there")]
 NEEDS = ("parity", "torch_ref", "torch", "av", "matplotlib", "skvideo")
 INSTALL = 'pip install -e ".[torch,video,demo]"'
 

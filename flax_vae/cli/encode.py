@@ -3,19 +3,19 @@
 from pathlib import Path
 from typing import Annotated
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional
 
-from flax_vae.cli.options import CODING, Coding, Video, Weights
+from flax_vae.cli.options import CODING, Coding, Video, Weights, described
 from flax_vae.jobs.screen import note, table
 
-Out = Annotated[Path, Positional, arg(metavar="OUT", help="folder to write; replaced if it holds latents")]
+Out = Annotated[Positional[Path], described("OUT", "folder to write; replaced if it holds latents")]
 Scaling = Annotated[
     str | None,
-    arg(
-        metavar="flux|sd3|FILE",
-        help="statistics to note beside the latents, for a diffusion model to shift and scale them by: a released "
+    described(
+        "flux|sd3|FILE",
+        "statistics to note beside the latents, for a diffusion model to shift and scale them by: a released "
         "variant's, or statistics.json of flax-vae extract",
-        help_behavior_hint="(default: none; the latents are stored as the encoder gives them either way)",
+        "none; the latents are stored as the encoder gives them either way",
     ),
 ]
 

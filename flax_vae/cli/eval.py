@@ -6,22 +6,20 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from flax_vae.cli.options import NO_CLUSTER, Checkpoint, CodingOptions, Flag, Hidden, Processes, flag_help
+from flax_vae.cli.options import NO_CLUSTER, Checkpoint, CodingOptions, Flag, Hidden, Processes, described, flag_help
 from flax_vae.jobs.screen import note
 from flax_vae.runtime.cluster import joined
 
 Data = Annotated[
-    Path,
-    Positional,
-    arg(
-        metavar="DATA",
-        help="a video, an image, a folder with videos and images, also in folders of it, or a .jsonl file with a line "
+    Positional[Path],
+    described(
+        "DATA",
+        "a video, an image, a folder with videos and images, also in folders of it, or a .jsonl file with a line "
         '{"video": path} or {"image": path} a clip, paths from the folder of that file',
     ),
 ]
 Out = Annotated[
-    Path,
-    arg(metavar="DIR", help="folder for eval.json and eval.png, made if it is not there; older ones are replaced"),
+    Path, described("DIR", "folder for eval.json and eval.png, made if it is not there; older ones are replaced")
 ]
 NEEDED, UNWANTED = "fail where {} cannot be computed, in place of a note", "leave {} out"
 NeedLPIPS = Annotated[Flag, flag_help(NEEDED.format("LPIPS"), name="lpips")]

@@ -7,8 +7,8 @@ from typing import Any
 
 from flax_vae.io.files import replacing
 from flax_vae.jobs.evaluation.picture import draw
-from flax_vae.jobs.evaluation.scores import ClipQuality, Evaluation, listed, seam_text
-from flax_vae.jobs.screen import counted, note, table
+from flax_vae.jobs.evaluation.scores import ClipQuality, Evaluation, seam_text
+from flax_vae.jobs.screen import counted, first_few, note, table
 from flax_vae.metrics.fvd import CLASSES, FRAMES
 from flax_vae.metrics.seams import SEAM, Seam, by_frame, by_position, shortest
 
@@ -108,4 +108,4 @@ def remarks(evaluation: Evaluation) -> Iterator[str]:
         yield f"rFVD is of {windows} windows, where thousands are needed: compare it on the same clips alone"
     if evaluation.failed:
         yield f"{len(evaluation.failed)} of {len(counts) + len(evaluation.failed)} clips are left out:"
-        yield from listed(evaluation.failed)
+        yield from first_few([error for _, error in evaluation.failed])

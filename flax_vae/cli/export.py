@@ -5,13 +5,14 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from flax_vae.cli.options import described
 from flax_vae.cli.port import Overwrite, Target
 from flax_vae.jobs.screen import note
 
-Run = Annotated[Path, Positional, arg(metavar="DIR", help="folder of a training run, which may still go on")]
+Run = Annotated[Positional[Path], described("DIR", "folder of a training run, which may still go on")]
 Step = Annotated[
     Literal["newest", "best"] | int,
-    arg(metavar="newest|best|N", help="checkpoint to take; the best one has the highest PSNR of the clips shown"),
+    described("newest|best|N", "checkpoint to take; the best one has the highest PSNR of the clips shown"),
 ]
 DType = Annotated[Literal["float32", "bfloat16", "float16"], arg(help="precision to store the weights in")]
 

@@ -7,25 +7,24 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from flax_vae.cli.options import NO_CLUSTER, CodingOptions, Hidden, Processes, Weights
+from flax_vae.cli.options import NO_CLUSTER, CodingOptions, Hidden, Processes, Weights, described
 from flax_vae.runtime.cluster import joined
 
 Source = Annotated[
-    Path,
-    Positional,
-    arg(
-        metavar="FOLDER_OR_MANIFEST",
-        help='folder with videos and images, also in folders of it; or a file with a line {"video": path} or '
+    Positional[Path],
+    described(
+        "FOLDER_OR_MANIFEST",
+        'folder with videos and images, also in folders of it; or a file with a line {"video": path} or '
         '{"image": path} a clip, paths from the folder of that file',
     ),
 ]
-Out = Annotated[Path, Positional, arg(metavar="OUT", help="folder to write; made if it is not there, or gone on with")]
+Out = Annotated[Positional[Path], described("OUT", "folder to write; made if it is not there, or gone on with")]
 Part = Annotated[
     str | None,
-    arg(
-        metavar="K/N",
-        help="do the K-th of N parts, so that N processes, here or on other machines, share the work on one OUT",
-        help_behavior_hint="(default: all, or in a cluster the part of this process)",
+    described(
+        "K/N",
+        "do the K-th of N parts, so that N processes, here or on other machines, share the work on one OUT",
+        "all, or in a cluster the part of this process",
     ),
 ]
 

@@ -5,20 +5,12 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Annotated
 
-from tyro.conf import arg
-
-from flax_vae.cli.options import Checkpoint, Config
+from flax_vae.cli.options import Checkpoint, Config, described
 from flax_vae.jobs.screen import counted, table
 
-Size = Annotated[
-    str | None,
-    arg(
-        metavar="SIDE|HxW",
-        help="size of that clip in pixels: both sides, as 256, or height x width, as 288x512",
-        help_behavior_hint="(default: the config's sample_size)",
-    ),
-]
-Frames = Annotated[int, arg(metavar="N", help="frames of the clip whose latents are asked for")]
+SIZE = "size of that clip in pixels: both sides, as 256, or height x width, as 288x512"
+Size = Annotated[str | None, described("SIDE|HxW", SIZE, "the config's sample_size")]
+Frames = Annotated[int, described("N", "frames of the clip whose latents are asked for")]
 
 
 def info(checkpoint: Checkpoint, size: Size = None, frames: Frames = 17, config: Config = None) -> None:

@@ -12,43 +12,43 @@ from flax_vae.runtime.cluster import Cluster
 T = TypeVar("T")
 Hidden = Annotated[T, Fixed, Suppress]  # an option that a command does not take
 Flag = Annotated[bool, FlagCreatePairsOff]
-
-
-def flag_help(text: str, **settings: Any) -> Any:
-    """Returns the help of a `Flag`, without its default, which is always off."""
-    return arg(help=text, help_behavior_hint="", **settings)
-
-
-_CHECKPOINT = (
+CHECKPOINT = (
     "checkpoint: a folder with config.json and *.safetensors (also sharded), .bin, .pt or .pth, "
     "one such file beside its config.json, a hub name owner/name, or default, a small model in this package"
 )
-Checkpoint = Annotated[str, Positional, arg(metavar="CKPT", help=_CHECKPOINT)]
-Weights = Annotated[str, arg(metavar="CKPT", help=_CHECKPOINT)]
+
+
+def described(metavar: str | None, help: str, default: str | None = None) -> Any:
+    """Describes an argument; `default` is what --help says where that is not the value."""
+    return arg(metavar=metavar, help=help, help_behavior_hint=default and f"(default: {default})")
+
+
+def flag_help(help: str, **settings: Any) -> Any:
+    """Describes a `Flag`, without its default, which is always off."""
+    return arg(help=help, help_behavior_hint="", **settings)
+
+
+Checkpoint = Annotated[Positional[str], described("CKPT", CHECKPOINT)]
+Weights = Annotated[str, described("CKPT", CHECKPOINT)]
 Video = Annotated[
-    Path,
-    Positional,
-    arg(metavar="VIDEO", help="clip to read; an image is a clip of one frame; or a folder of images, each a clip"),
+    Positional[Path],
+    described("VIDEO", "clip to read; an image is a clip of one frame; or a folder of images, each a clip"),
 ]
 Clip = Annotated[
-    Path,
-    Positional,
-    arg(
-        metavar="OUT.mp4",
-        help="clip to write (.mp4, .mkv, .mov), replaced if it exists; of an image also .png, of a folder a folder",
+    Positional[Path],
+    described(
+        "OUT.mp4",
+        "clip to write (.mp4, .mkv, .mov), replaced if it exists; of an image also .png, of a folder a folder",
     ),
 ]
-Config = Annotated[
-    Path | None,
-    arg(metavar="FILE", help="config.json to use", help_behavior_hint="(default: the one beside the weights)"),
-]
+Config = Annotated[Path | None, described("FILE", "config.json to use", "the one beside the weights")]
 Mesh = Annotated[
     str | None,
-    arg(
-        metavar="AXIS=N,...",
-        help="devices that share the work, by what they divide: data (clips of a batch), time, height (or space), "
-        "width; as data=4,height=2; docs/scaling.md says which to take",
-        help_behavior_hint="(default: one device)",
+    described(
+        "AXIS=N,...",
+        "devices that share the work, by what they divide: data (clips of a batch), time, height (or space), width; as "
+        "data=4,height=2; docs/scaling.md says which to take",
+        "one device",
     ),
 ]
 Processes = Annotated[Cluster, FlagCreatePairsOff, arg(name="")]
@@ -61,22 +61,20 @@ class CodingOptions(Options):
 
     size: Annotated[
         str | None,
-        arg(
-            metavar="SHORT|HxW",
-            help="size in pixels: the short side, as 256, or height x width, as 288x512; the clip is scaled to cover "
-            "it, and its centre cropped to multiples of the model's spatial factor (8 as released)",
-            help_behavior_hint="(default: the clip's own size, or short side 256 if that is less)",
+        described(
+            "SHORT|HxW",
+            "size in pixels: the short side, as 256, or height x width, as 288x512; the clip is scaled to cover it, "
+            "and its centre cropped to multiples of the model's spatial factor (8 as released)",
+            "the clip's own size, or short side 256 if that is less",
         ),
     ] = None
-    frames: Annotated[
-        int | None, arg(metavar="N", help="read at most this many frames", help_behavior_hint="(default: all)")
-    ] = None
+    frames: Annotated[int | None, described("N", "read at most this many frames", "all")] = None
     memory: Annotated[
         str | None,
-        arg(
-            metavar="SIZE",
-            help="memory to stay within, as 4GiB; it decides how many frames are computed at a time, before any is",
-            help_behavior_hint="(default: a share of the device's)",
+        described(
+            "SIZE",
+            "memory to stay within, as 4GiB; it decides how many frames are computed at a time, before any is",
+            "a share of the device's",
         ),
     ] = None
     mesh: Mesh = None

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from flax_vae.cli.options import Flag, flag_help
+from flax_vae.cli.options import Flag, described, flag_help
 from flax_vae.jobs.screen import note, table
 from flax_vae.planning.compile_ahead import compile_one, compiled_ahead
 from flax_vae.planning.describe import amount, bound_words, report_json, rows, settings, title, verdict
@@ -14,7 +14,7 @@ from flax_vae.planning.wanted import Wanted, request_of, with_mesh
 
 AsJson = Annotated[Flag, flag_help("print one JSON object, or a list")]
 Search = Annotated[Flag, flag_help("try meshes, remat, fsdp, chunks and frame by frame, and rank what fits")]
-Most = Annotated[int, arg(metavar="N", help="with --search: programs to compile at most")]
+Most = Annotated[int, described("N", "with --search: programs to compile at most")]
 
 
 def plan(wanted: Annotated[Wanted, arg(name="")], json: AsJson = False, search: Search = False, most: Most = 8) -> None:

@@ -5,10 +5,10 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from flax_vae.cli.options import Checkpoint, Config, Flag, flag_help
+from flax_vae.cli.options import Checkpoint, Config, Flag, described, flag_help
 from flax_vae.jobs.screen import note, table
 
-Target = Annotated[Path, Positional, arg(metavar="DST", help="folder to write")]
+Target = Annotated[Positional[Path], described("DST", "folder to write")]
 DType = Annotated[Literal["keep", "float32", "bfloat16", "float16"], arg(help="precision to store the weights in")]
 Overwrite = Annotated[Flag, flag_help("replace the checkpoint in DST")]
 

@@ -7,18 +7,18 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from flax_vae.cli.options import NO_CLUSTER, Flag, Mesh, Processes, flag_help
+from flax_vae.cli.options import NO_CLUSTER, Flag, Mesh, Processes, described, flag_help
 from flax_vae.train.config import PRESETS, TrainConfig
 
 Data = Annotated[
     Path,
-    arg(
-        metavar="FOLDER|MANIFEST",
-        help='videos and images: a folder, with the folders in it, or lines of {"video": path} or {"image": path}',
+    described(
+        "FOLDER|MANIFEST",
+        'videos and images: a folder, with the folders in it, or lines of {"video": path} or {"image": path}',
     ),
 ]
 Out = Annotated[
-    Path, arg(metavar="DIR", help="folder of the run; where it holds a run of this very config, that is gone on with")
+    Path, described("DIR", "folder of the run; where it holds a run of this very config, that is gone on with")
 ]
 Preset = Annotated[
     Literal["tiny", "stage1", "stage2"],

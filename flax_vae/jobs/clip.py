@@ -107,11 +107,10 @@ def open_clip(path: Path, config: VAEConfig, size: str | None, frames: int | Non
     if wanted is None and min(info.height, info.width) > MAX_SHORT_SIDE:
         wanted = MAX_SHORT_SIDE
     height, width = fit_size(info.height, info.width, multiple, wanted)
-    is_sharp = is_only_cropped((info.height, info.width), (height, width))
-    changed = f"{'centre-cropped' if is_sharp else 'scaled and cropped'} to {height}x{width}"
-    fits = (height, width) == (info.height, info.width)
-    about = "as it is" if fits else f"{changed}, multiples of {multiple}"
-    about = f"{path}: {info.height}x{info.width} (height x width), {about}"
+    stated = (info.height, info.width)
+    how = "centre-cropped" if is_only_cropped(stated, (height, width)) else "scaled and cropped"
+    change = "as it is" if (height, width) == stated else f"{how} to {height}x{width}, multiples of {multiple}"
+    about = f"{path}: {info.height}x{info.width} (height x width), {change}"
     return Clip(path, height, width, info.fps, frames, info.frames, config, info.is_image, bool(info.sound), about)
 
 

@@ -69,13 +69,15 @@ class Extraction:
         done = {line["path"] for line in read_log(self.log.path) if "latents" in line}
         left = [entry for entry in entries if str(entry.path) not in done]
         groups: dict[tuple[int, ...], list[tuple[Entry, Clip]]] = {}
+        config = self.model.vae.config
         with progress("extracting", len(entries), "clips") as self._meter:
             self._meter.already(len(entries) - len(left))
             for i, entry in enumerate(left):
                 try:
-                    clip = self.open(entry.path)
+                    clip = open_clip(entry.path, config, self.options.size, self.options.frames)
+                    check_stream(self.options.mesh, config, [(clip.height, clip.width)])
                 except UNREADABLE as error:
-                    self.fail(entry, error)
+                    self.add(entry, {"error": str(error)})
                     continue
                 if clip.expected_latents is None or clip.expected_latents > PIECE_LATENTS + 1:
                     self.encode_long(entry, clip)
@@ -90,13 +92,6 @@ class Extraction:
                     count = 1 << (len(group).bit_length() - 1)
                     self.encode_together(group[:count], self._sizes[shape][0])
                     del group[:count]
-
-    def open(self, path: Path) -> Clip:
-        """Opens a clip; ValueError also where the mesh does not divide it."""
-        config = self.model.vae.config
-        clip = open_clip(path, config, self.options.size, self.options.frames)
-        check_stream(self.options.mesh, config, [(clip.height, clip.width)])
-        return clip
 
     def sizes(self, shape: tuple[int, ...], clip: Clip, left: int) -> tuple[int, int]:
         """Returns the latents of a chunk and the clips of a batch, for clips of one shape, of which N are left."""
@@ -133,7 +128,7 @@ class Extraction:
                     frames[i] += chunk.frames
         for i, (entry, clip) in enumerate(group):
             if i in failures:
-                self.fail(entry, failures[i])
+                self.add(entry, {"error": str(failures[i])})
                 continue
             mean, logvar = (np.concatenate(each, axis=1) for each in zip(*parts[i], strict=True))
             target = self.target(entry, SUFFIX)
@@ -149,7 +144,7 @@ class Extraction:
             encode_clip(clip, target, self.model, replace(self.options, resume=True), Meter())
         except ValueError as error:
             shutil.rmtree(folder_of(target), ignore_errors=True)
-            self.fail(entry, error)
+            self.add(entry, {"error": str(error)})
             return
         latents = Latents(target)
         parts = [LatentStatistics.of(shard.read("mean"), shard.read("logvar"), shard.start) for shard in latents.shards]
@@ -167,12 +162,8 @@ class Extraction:
         size = {"height": clip.height, "width": clip.width}
         self.add(entry, {**line, **size, "statistics": statistics.to_dict()})
 
-    def fail(self, entry: Entry, error: Exception) -> None:
-        """Logs a clip that cannot be read."""
-        self.add(entry, {"error": str(error)})
-
     def add(self, entry: Entry, line: Mapping[str, object]) -> None:
-        """Logs a clip, and counts it."""
+        """Logs what has become of a clip, and counts it."""
         self.log.add({"kind": entry.kind, "path": str(entry.path), **line})
         self._meter.done(1)
 

@@ -34,7 +34,7 @@ class FramePieces(Pieces):
     def add(self, result: Any, chunk: Chunk) -> None:
         """Writes the frames of a chunk that are not padding."""
         pixels = to_uint8(np.asarray(result[0], np.float32))[: chunk.frames]
-        if is_image(self.job):
+        if self.job.target.suffix.lower() == IMAGE:
             write_image(self.job.piece(IMAGE), pixels[0])
         else:
             if self._writer is None:
@@ -95,14 +95,9 @@ def losses(job: Job) -> tuple[list[float], list[int], np.ndarray, np.ndarray]:
     return quality, list(numbers), np.stack(before), np.stack(after)
 
 
-def is_image(job: Job) -> bool:
-    """Whether the target is an image."""
-    return job.target.suffix.lower() == IMAGE
-
-
 def assemble(job: Job, fps: Fraction, sound: Path | None = None) -> None:
     """Makes the target of its pieces, with the sound of a file; notes why where that cannot be read."""
-    if is_image(job):
+    if job.target.suffix.lower() == IMAGE:
         if job.piece(IMAGE, 0).exists():  # otherwise it was stopped after the rename
             os.replace(job.piece(IMAGE, 0), job.target)
         return

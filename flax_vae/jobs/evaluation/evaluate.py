@@ -11,10 +11,10 @@ from flax_vae.io.video_reader import UNREADABLE
 from flax_vae.jobs.clip import Clip, check_reading, expected_frames, open_clip
 from flax_vae.jobs.evaluation.instruments import prepare
 from flax_vae.jobs.evaluation.measurement import measure_all
-from flax_vae.jobs.evaluation.scores import Evaluation, Failure, listed
+from flax_vae.jobs.evaluation.scores import Evaluation, Failure
 from flax_vae.jobs.model import check_stream, load, read_config
 from flax_vae.jobs.options import Options
-from flax_vae.jobs.screen import Meter, note, progress
+from flax_vae.jobs.screen import Meter, first_few, note, progress
 from flax_vae.jobs.sources import check_folder
 from flax_vae.metrics import fvd, lpips
 from flax_vae.metrics.ssim import WINDOW
@@ -93,5 +93,5 @@ def open_clips(data: Path, config: VAEConfig, options: Options, min_side: int) -
         except UNREADABLE as error:
             failed.append((path, str(error)))
     if not clips:
-        raise ValueError("\n".join([f"{data}: no clip can be used", *listed(failed)]))
+        raise ValueError("\n".join([f"{data}: no clip can be used", *first_few([error for _, error in failed])]))
     return clips, failed

@@ -10,10 +10,10 @@ from flax_vae.io.pixels import to_float, to_uint8
 from flax_vae.io.video_reader import UNREADABLE
 from flax_vae.jobs.clip import Clip
 from flax_vae.jobs.evaluation.instruments import Instruments
-from flax_vae.jobs.evaluation.scores import ClipQuality, Evaluation, Failure, Sample, listed
+from flax_vae.jobs.evaluation.scores import ClipQuality, Evaluation, Failure, Sample
 from flax_vae.jobs.frames import spacing
 from flax_vae.jobs.pieces import Chunk, streamed
-from flax_vae.jobs.screen import Meter
+from flax_vae.jobs.screen import Meter, first_few
 from flax_vae.metrics.fvd import FRAMES, resized
 from flax_vae.metrics.psnr import psnr
 from flax_vae.runtime.cluster import allgather, process
@@ -34,7 +34,7 @@ def measure_all(clips: Sequence[Clip], failed: Sequence[Failure], instruments: I
     done = [each for _, each in found if isinstance(each, ClipQuality)]
     left_out = [*failed, *(each for _, each in found if not isinstance(each, ClipQuality))]
     if not done:
-        raise ValueError("\n".join(["no clip can be read to its end", *listed(left_out)]))
+        raise ValueError("\n".join(["no clip can be read to its end", *first_few([error for _, error in left_out])]))
     samples = [sample for clip in done for sample in clip.samples]
     _, worst = min((found for _, worst in shares for found in worst), key=lambda found: (found[1].psnr, found[0]))
     if all((sample.path, sample.number) != (worst.path, worst.number) for sample in samples):

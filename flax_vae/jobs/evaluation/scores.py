@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 
 from flax_vae.jobs.clip import Clip
-from flax_vae.jobs.screen import first_few
 from flax_vae.metrics.fvd import frechet_distance
 from flax_vae.metrics.seams import Seam, seam
 
@@ -97,8 +96,3 @@ class Evaluation:
 def seam_text(seam: Seam) -> str:
     """Returns a seam score with its standard error."""
     return f"{seam.score:+.2f}" + (f" \N{PLUS-MINUS SIGN} {seam.error:.2f}" if seam.error is not None else "")
-
-
-def listed(failed: Sequence[Failure]) -> list[str]:
-    """Returns the first few reasons why clips are left out."""
-    return first_few([error for _, error in failed])
