@@ -4,6 +4,8 @@ import json
 from dataclasses import replace
 from importlib.util import find_spec
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 pytest.importorskip("tyro", reason="the command line needs tyro")
@@ -15,7 +17,7 @@ from flax_vae.planning import worker as planned
 from flax_vae.planning.chips import CHIPS, GIB, parse_topology
 from flax_vae.planning.describe import verdict
 from flax_vae.planning.hlo import Collective, Program
-from flax_vae.planning.measure import refused
+from flax_vae.planning.measure import measured, refused
 from flax_vae.planning.roofline import seconds
 from flax_vae.planning.wanted import Wanted, request_of, with_mesh
 
@@ -141,6 +143,18 @@ def test_refusal_for_want_of_memory_is_read(message):
 def test_other_failure_of_the_compiler_is_none_of_memory():
     with pytest.raises(RuntimeError, match="INTERNAL"):
         refused("INTERNAL: something else")
+
+
+def test_memory_that_a_result_takes_over_from_an_argument_counts_once():
+    def taken(donated):
+        program = jax.jit(lambda x: x + 1, donate_argnums=donated)
+        compiled = program.lower(jax.ShapeDtypeStruct((2**20,), jnp.float32)).compile()
+        return measured(report(0, None), compiled, None)
+
+    kept, donated = taken(()), taken((0,))
+    assert donated.memory["aliased"] == 4 * 2**20
+    assert kept.needed == pytest.approx(8 * 2**20, rel=0.01)
+    assert donated.needed == pytest.approx(4 * 2**20, rel=0.01)
 
 
 def test_bounds_are_those_of_a_device():

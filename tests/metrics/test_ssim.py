@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from flax_vae import to_float
-from flax_vae.metrics.seams import by_frame, by_position, seam, shortest
+from flax_vae.metrics.seams import Seam, by_frame, by_position, seam, shortest
 from flax_vae.metrics.ssim import ssim
 
 filters = pytest.importorskip("scipy.ndimage", reason="the reference for SSIM needs scipy")
@@ -132,6 +132,12 @@ def test_noise_is_no_seam_within_the_standard_error_that_is_given():
         np.mean([each.first_error for each in found]), rel=0.3
     )
     assert np.mean([abs(each.first) < 2 * each.first_error for each in found]) > 0.85
+
+
+def test_the_score_is_the_lower_side_with_its_own_error():
+    for first, last in ((-1.0, -2.0), (-2.0, -1.0)):
+        found = Seam(first, last, first_error=-0.1 * first, last_error=-0.1 * last, borders=9)
+        assert (found.score, found.error) == (-2.0, 0.2)
 
 
 def test_a_few_scene_cuts_are_no_seam():

@@ -11,17 +11,19 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from flax import nnx
 
 from flax_vae import CausalVideoVAE
-from flax_vae.jobs.train import Stop
 from flax_vae.io.latents import Latents
 from flax_vae.io.manifest import read_entries
+from flax_vae.jobs.train import Stop
 from flax_vae.runtime import cluster
 from flax_vae.runtime.cluster import GONE_MESSAGE, Cluster, check, noticing
+from flax_vae.runtime.mesh import process_share
 from flax_vae.train.averaged import averaged
 from flax_vae.train.config import ClipConfig
 from flax_vae.train.data import batches, rows_of
@@ -186,6 +188,25 @@ def test_what_processes_read_is_the_batch_of_one(clips, parts):
     for whole, share in zip(read((0, 1)), shares, strict=True):
         assert {len(rows) for rows in share} == {len(whole) // parts}
         np.testing.assert_array_equal(np.concatenate(share), whole)
+
+
+@pytest.mark.parametrize(("rows", "processes"), [(2, 2), (6, 2), (8, 4)])
+def test_every_process_has_a_part_of_its_own_of_the_clips(rows, processes, monkeypatch):
+    owners = [row * processes // rows for row in range(rows)]
+    devices = np.array([[SimpleNamespace(process_index=owner)] * 2 for owner in owners]).reshape(rows, 1, 2, 1)
+    mesh = SimpleNamespace(devices=devices, shape={"data": rows, "height": 2})
+    for number in range(processes):
+        monkeypatch.setattr("flax_vae.runtime.mesh.process", lambda number=number: (number, processes))
+        assert process_share(mesh) == (number, processes)
+    with pytest.raises(ValueError, match=f"clips cross from one of {processes} processes to another"):
+        process_share(SimpleNamespace(devices=devices[1:], shape=mesh.shape))
+
+
+def test_what_one_process_is_asked_all_are(monkeypatch):
+    monkeypatch.setattr(cluster, "process", lambda: (0, 3))
+    monkeypatch.setattr("jax.experimental.multihost_utils.process_allgather", lambda x: np.array([x, 15, 2]))
+    assert cluster.anywhere(0) == 15
+    assert cluster.anywhere(20) == 20
 
 
 def test_a_signal_that_comes_while_processes_agree_counts_after_the_next_step(monkeypatch):

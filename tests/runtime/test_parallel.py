@@ -1,6 +1,7 @@
 """Clips on meshes of eight devices: the results, losses and gradients of one device, and what the devices exchange."""
 
 import functools
+import itertools
 import math
 from dataclasses import replace
 
@@ -17,16 +18,17 @@ from flax_vae.layers import attention
 from flax_vae.layers.sequence import Execution
 from flax_vae.layers.time_halo import TimeHalo
 from flax_vae.metrics.lpips import LPIPS
+from flax_vae.models.posterior import DiagonalGaussian
 from flax_vae.ops.lowering import convolve
 from flax_vae.ops.window import Window
 from flax_vae.planning.hlo import program
-from flax_vae.runtime import sharded, stream
+from flax_vae.runtime import parallel, sharded, stream
 from flax_vae.runtime.mesh import make_mesh, parse_mesh
 from flax_vae.train.checkpoints import Checkpoints
 from flax_vae.train.config import ClipConfig, GanConfig, LossConfig, OptimizerConfig, TrainConfig
 from flax_vae.train.discriminator import CausalPatchDiscriminator, PatchDiscriminator
-from flax_vae.train.step import Trainer
-from tests.little import CONFIG
+from flax_vae.train.step import Trainer, sampled
+from tests.little import CONFIG, ONE_BLOCK
 
 pytestmark = pytest.mark.usefixtures("float64")
 slow = pytest.mark.slow
@@ -60,6 +62,11 @@ def quick(monkeypatch):
         monkeypatch.setattr(module, name, jax.jit(function, static_argnums=static, compiler_options=FAST))
 
 
+def joined(parts):
+    """Joins the parts of a clip, or trees of such, in time."""
+    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
+
+
 def mesh_of(text):
     sizes = parse_mesh(text)
     return make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
@@ -77,7 +84,7 @@ def clip(noise):
 
 @pytest.fixture(scope="module")
 def whole(vae, clip, jit):
-    """Gives the posterior of the clip, and its latents decoded, on one device."""
+    """Returns the posterior of the clip, and its latents decoded, on one device."""
     encode, decode = (jit(function, vae) for function in (CausalVideoVAE.encode, CausalVideoVAE.decode))
     posterior = encode(clip)
     return posterior, decode(posterior.mean)
@@ -95,6 +102,100 @@ def test_a_clip_on_a_mesh_is_that_of_one_device(vae, clip, whole, text):
     assert apart(found.mean, posterior.mean) < TOLERANCE
     assert apart(found.logvar, posterior.logvar) < TOLERANCE
     assert apart(sharded.decode(vae, posterior.mean, mesh), video) < TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def little(randomized):
+    """A model so small that it compiles fast for eight devices with a latent each."""
+    return randomized(lambda rngs: CausalVideoVAE(ONE_BLOCK, rngs=rngs))
+
+
+def frames_of(latents):
+    return ONE_BLOCK.temporal_factor * (latents - 1) + 1
+
+
+@pytest.fixture(scope="module")
+def short_clip(noise):
+    """Returns a function of a number of latents: the pixels of so many, the first of a longer clip."""
+    return lambda latents: noise((2, frames_of(17), 4, 6, 3))[:, : frames_of(latents)]
+
+
+@pytest.fixture
+def carried(monkeypatch):
+    """Lists, for every carry that is gone on from, its frames and those that a device holds."""
+    before, found = TimeHalo.before, []
+
+    def noted(self, x):
+        found.append((self.carry.shape[1], x.shape[1]))
+        return before(self, x)
+
+    monkeypatch.setattr(TimeHalo, "before", noted)
+    return found
+
+
+def reconstructed(vae, clip, mesh, jit):
+    """Returns by name what a clip is encoded and decoded to, and the gradients of a loss by parameters and pixels."""
+
+    def loss(state, parts, structure):
+        vae = nnx.merge(structure, state)
+        with parallel.lowered_for(mesh):
+            posteriors = parallel.run_parts(vae, CausalVideoVAE.encode_chunk, parts, mesh)
+            means = tuple(posterior.mean for posterior in posteriors)
+            videos = parallel.run_parts(vae, CausalVideoVAE.decode_chunk, means, mesh)
+        logvars = tuple(posterior.logvar for posterior in posteriors)
+        total = sum(jnp.square(x).sum() for x in (*videos, *logvars))
+        return total, {"mean": means, "logvar": logvars, "video": videos}
+
+    def run(vae, parts):
+        structure, state = nnx.split(vae)
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)(state, parts, structure)
+
+    parts = (clip,) if mesh is None else parallel.shard(clip, mesh)
+    (total, clips), (by_parameters, by_pixels) = jit(run, vae)(parts)
+    clips = {name: joined(x) for name, x in (*clips.items(), ("gradient by pixels", by_pixels))}
+    weights = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(by_parameters)}
+    return jax.device_get({"loss": total, **clips, **weights})
+
+
+@pytest.mark.parametrize("devices", [4, 8])
+def test_a_clip_of_one_latent_a_device_and_its_gradients_are_those_of_one_device(
+    little, short_clip, jit, carried, devices
+):
+    clip = short_clip(1 + devices)
+    expected, found = (reconstructed(little, clip, mesh, jit) for mesh in (None, mesh_of(f"time={devices}")))
+    assert (2, 1) in carried  # two frames, which come from two devices
+    largest = max(np.abs(value).max() for value in expected.values())
+    for name, value in expected.items():
+        scale = np.abs(value).max()  # of keys' biases it is all rounding
+        assert np.abs(found[name] - value).max() <= TOLERANCE * (scale if scale > 1e-9 * largest else largest), name
+
+
+@pytest.fixture(scope="module")
+def short_whole(little, short_clip, jit):
+    """Means of 17 latents, and the video that they are decoded to, on one device."""
+    means = jit(CausalVideoVAE.encode, little)(short_clip(17)).mean
+    return np.asarray(means), np.asarray(jit(CausalVideoVAE.decode, little)(means))
+
+
+@pytest.mark.parametrize("devices", [4, 8])
+def test_a_stream_of_one_latent_a_device_goes_on_from_its_carry_as_on_one_device(
+    little, short_clip, short_whole, carried, devices
+):
+    mesh, ends = mesh_of(f"time={devices}"), (0, 1, 1 + devices, 1 + 2 * devices)
+    clip, (means, video) = np.asarray(short_clip(ends[-1])), short_whole
+    for start, x, expected, length, length_out in (
+        (stream.encode, clip, means, frames_of, int),
+        (stream.decode, means, video, int, frames_of),
+    ):
+        places = [length(latents) if latents else 0 for latents in ends]
+        first, second, third = (x[:, a:b] for a, b in itertools.pairwise(places))
+        carried.clear()
+        begun = start(little, [first, second], mesh=mesh)
+        results = list(begun)
+        results += start(little, [third], jax.tree.map(np.asarray, begun.carry), mesh=mesh)
+        assert (2, 1) in carried
+        results = [result.mean if start is stream.encode else result for result in results]
+        assert apart(np.concatenate(results, axis=1), expected[:, : length_out(ends[-1])]) <= TOLERANCE
 
 
 @slow
@@ -139,7 +240,7 @@ def test_what_a_mesh_cannot_divide_is_refused_before_anything_is_computed(vae, c
 
 
 def trainer(text=None, model=MODEL, size=32, batch=2, fsdp=False, kind="none", regularizer="none", lpips=False):
-    """Gives a trainer that computes in float64, of models with random weights, on a mesh or on one device."""
+    """Returns a trainer that computes in float64, of models with random weights, on a mesh or on one device."""
     from tests.conftest import randomize
 
     sizes = {"frames": ((4, 6, 8),), "causal": ((4, 6, 8), 2)}
@@ -184,7 +285,7 @@ CAUSAL_GAN = {"model": CONFIG, "size": 64, "kind": "causal", "regularizer": "lec
 
 @pytest.fixture(scope="module")
 def expected(noise):
-    """Gives a function of a trainer's settings: a clip, and what a step on it gives on one device."""
+    """Returns a function of a trainer's settings: a clip, and what a step on it gives on one device."""
     clips = {8: noise((2, 9, 8, 8, 3)), 32: noise((2, 17, 32, 32, 3)), 64: noise((2, 9, 64, 64, 3))}
 
     @functools.cache
@@ -207,6 +308,30 @@ def expected(noise):
 def test_losses_and_all_gradients_on_a_mesh_are_those_of_one_device(expected, text, settings):
     clip, alone = expected(settings)
     check_equal(stepped(trainer(text, **settings), clip), alone)
+
+
+def test_noise_of_a_clip_in_parts_is_that_of_the_whole(noise):
+    clip = DiagonalGaussian(noise((2, 5, 3, 4, 2)), noise((2, 5, 3, 4, 2), 1))
+    parts = [jax.tree.map(lambda x, part=part: x[:, part], clip) for part in (slice(1), slice(1, None))]
+    found = sampled(parts, jax.random.key(3), mesh_of("time=2"))
+    np.testing.assert_array_equal(np.concatenate(found, axis=1), clip.sample(jax.random.key(3)))
+
+
+def test_what_judges_frames_by_themselves_gets_each_once_and_in_order(noise):
+    clips, mesh = [np.asarray(noise((4, 9, 2, 2, 3), seed)) for seed in (0, 1)], mesh_of("data=2,time=4")
+
+    def products(a, b):
+        return (a * b).sum(axis=(2, 3, 4))
+
+    @jax.jit
+    def found(*clips):
+        pairs = zip(*clips, strict=True)
+        return [parallel.map_frames(products, *pair, mesh=mesh, part=part) for part, pair in enumerate(pairs)]
+
+    result = joined(found(*(parallel.shard(clip, mesh) for clip in clips)))
+    np.testing.assert_allclose(result, products(*clips), rtol=1e-12)
+    alone = parallel.map_frames(products, *map(jnp.asarray, clips), mesh=None, part=0)
+    np.testing.assert_allclose(alone, products(*clips), rtol=1e-12)
 
 
 @slow

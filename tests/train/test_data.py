@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+pytest.importorskip("av", reason="video files need PyAV")
+pytest.importorskip("grain", reason="batches are drawn by grain")
+
 from flax_vae.io.manifest import read_entries
 from flax_vae.train.config import PRESETS, ClipConfig
 from flax_vae.train.data import batches
-
-pytest.importorskip("av", reason="video files need PyAV")
-pytest.importorskip("grain", reason="batches are drawn by grain")
 
 
 @pytest.fixture(scope="module")

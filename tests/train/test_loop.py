@@ -1,5 +1,6 @@
 """Training runs: they go on to the same numbers whatever stops them, and fail with a word of what to do."""
 
+import dataclasses
 import functools
 import inspect
 import json
@@ -19,6 +20,11 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
+pytest.importorskip("av", reason="clips need PyAV")
+pytest.importorskip("grain", reason="batches need grain")
+pytest.importorskip("orbax", reason="checkpoints need orbax")
+pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+
 from flax_vae import CausalVideoVAE
 from flax_vae.cli.export import export
 from flax_vae.cli.train import with_preset
@@ -26,17 +32,15 @@ from flax_vae.io.port import torch_layout
 from flax_vae.layers.conv import INIT_STD
 from flax_vae.train import loop
 from flax_vae.train.averaged import averaged
-from flax_vae.train.checkpoints import CHECKPOINTS
+from flax_vae.train.checkpoints import CHECKPOINTS, UNKNOWN_QUALITY, Checkpoints, qualities_in, restore_part
 from flax_vae.train.config import PRESETS, TrainConfig
+from flax_vae.train.data import batches
 from flax_vae.train.discriminator import PatchDiscriminator
 from flax_vae.train.log import MetricsLog
-from flax_vae.train.loop import Run
-from flax_vae.train.step import Trainer
+from flax_vae.train.loop import BROKEN, Run, check_config
+from flax_vae.train.step import Trainer, TrainState
 from tests.little import ONE_BLOCK
 from tests.patience import PATIENCE
-
-for package, what in (("av", "clips"), ("grain", "data"), ("orbax", "checkpoints"), ("matplotlib", "pictures")):
-    pytest.importorskip(package, reason=f"{what} need {package}")
 
 ROOT = Path(__file__).parents[2]
 SPEED = ("seconds", "frames_per_second", "waited")
@@ -143,6 +147,74 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(config, data, tmp_path)
     ]
 
 
+def test_a_run_goes_on_from_its_last_save_to_the_same_numbers(config, data, tmp_path):
+    whole = trained(config, data, tmp_path / "whole", stop=5)
+    trained(config, data, tmp_path / "stopped", stop=4)  # logged, but not saved
+    stopped = trained(config, data, tmp_path / "stopped", stop=5)
+    assert [line["step"] for line in lines(tmp_path / "stopped")] == list(range(5))
+    assert lines(tmp_path / "stopped") == lines(tmp_path / "whole")
+    for one, other in zip(leaves(stopped), leaves(whole), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_each_process_reads_its_clips_of_the_batches_that_are_left(config, data, tmp_path, monkeypatch):
+    with Run(config, data, tmp_path / "run") as run:
+        run.share, run.state = (1, 2), replace(run.state, step=jnp.int32(3))
+        monkeypatch.setattr(loop, "batches", read := mock.Mock(side_effect=InterruptedError))
+        with pytest.raises(InterruptedError):
+            next(run.steps())
+    assert inspect.signature(batches).bind(*read.call_args.args, **read.call_args.kwargs).arguments == {
+        "entries": run.entries,
+        "config": config.clips,
+        "seed": config.seed,
+        "start": 3,
+        "broken": tmp_path / "run" / BROKEN,
+        "share": (1, 2),
+    }
+
+
+def test_the_discriminator_takes_part_from_its_step_on(config, data, tmp_path):
+    with Run(replace(config, save_every=100, picture_every=100), data, tmp_path / "run") as run:
+        run.config = replace(run.config, gan=replace(run.config.gan, kind="frames", start=2))
+        run.trainer = mock.Mock()
+        run.trainer.step = mock.Mock(
+            side_effect=lambda state, *_, **__: (replace(state, step=state.step + 1), {"skipped": 0})
+        )
+        for record in run.steps():
+            if record.step == 3:
+                break
+    assert [call.kwargs["with_gan"] for call in run.trainer.step.call_args_list] == [False, False, True, True]
+
+
+def test_pictures_and_their_quality_are_of_the_averaged_weights(config, data, tmp_path):
+    with Run(config, data, tmp_path / "run") as run:
+        before, nothing = run.draw(), jax.tree.map(jnp.zeros_like, run.state.parameters)
+        run.state = replace(run.state, parameters=nothing)
+        assert run.draw() == before
+        run.state = replace(run.state, ema=nothing)
+        assert run.draw() != before
+
+
+def test_a_checkpoint_holds_every_field_and_the_newest_and_the_best_are_kept(tmp_path):
+    def state(first):
+        fields = enumerate(dataclasses.fields(TrainState), first)
+        return TrainState(**{field.name: {"kernel": jnp.arange(3) + 10 * number} for number, field in fields})
+
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    for step, quality in enumerate((20.0, 30.0, 25.0, UNKNOWN_QUALITY, 10.0)):
+        checkpoints.save(step, state(step), quality)
+        checkpoints.wait()
+        assert qualities_in(tmp_path / "checkpoints")[step] == quality
+    assert list(qualities_in(tmp_path / "checkpoints")) == [1, 3, 4]
+    restored = checkpoints.restore(jax.tree.map(jnp.zeros_like, state(0)))
+    checkpoints.close()
+    assert jax.tree.structure(restored) == jax.tree.structure(state(4))
+    assert all(map(np.array_equal, leaves(restored), leaves(state(4))))
+    part, step = restore_part(tmp_path / "checkpoints", {"ema": state(0).ema}, "best")
+    assert step == 1
+    np.testing.assert_array_equal(part["ema"]["kernel"], state(1).ema["kernel"])
+
+
 def test_weights_of_a_run_are_its_ema(config, data, tmp_path):
     state = trained(config, data, tmp_path / "run")
     vae, step = averaged(tmp_path / "run")
@@ -217,6 +289,32 @@ def test_a_folder_keeps_to_its_config(config, data, tmp_path):
         trained(replace(config, seed=1), data, tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("model", "was"),
+    [("pyramid-flow", "full"), ("pyramid-flow-small", "small"), ("pyramid-flow-tiny", "tiny")],
+)
+def test_a_config_of_an_earlier_version_is_read_in_the_names_of_today(model, was, tmp_path):
+    settings = dataclasses.asdict(replace(PRESETS["stage2"], model=model))
+    before = {{"init_std": "spread"}.get(name, name): value for name, value in settings.items()} | {"model": was}
+    (tmp_path / "config.json").write_text(json.dumps(before))
+    assert "init_std" not in before
+    check_config(tmp_path / "config.json", settings)
+    (tmp_path / "config.json").write_text(json.dumps(before | {"spread": 0.5}))
+    with pytest.raises(ValueError, match=r"another config \(init_std was 0.5, now 0.02\)"):
+        check_config(tmp_path / "config.json", settings)
+
+
+def test_a_run_of_an_earlier_version_goes_on_and_keeps_its_config(config, data, tmp_path):
+    out, path = tmp_path / "run", tmp_path / "run" / "config.json"
+    trained(config, data, out, stop=2)
+    text = path.read_text()
+    path.write_text(text.replace('"init_std"', '"spread"').replace('"pyramid-flow-tiny"', '"tiny"'))
+    assert path.read_text() != text
+    begun_before = path.read_text()
+    assert int(trained(config, data, out, stop=3).step) == 3
+    assert path.read_text() == begun_before
+
+
 def test_two_runs_in_one_folder_are_refused(config, data, tmp_path):
     with Run(config, data, tmp_path / "run"), pytest.raises(ValueError, match="another process trains here"):
         trained(config, data, tmp_path / "run")
@@ -270,7 +368,6 @@ def test_a_step_that_is_not_finite_is_left_out(longer, data, tmp_path, monkeypat
     assert all(np.isfinite(leaf).all() for leaf in leaves(state))
 
 
-@pytest.mark.slow
 def test_several_such_steps_send_the_run_back_to_its_checkpoint(longer, data, tmp_path, monkeypatch, caplog):
     poisoned(monkeypatch, {1, 2, 3, 4, 5})
     state = trained(longer, data, tmp_path / "run", stop=8)
@@ -290,8 +387,11 @@ def test_a_run_that_never_gets_finite_again_ends(longer, data, tmp_path, monkeyp
 def test_all_that_a_config_cannot_have_is_listed(config, data, tmp_path):
     clips = replace(config.clips, frames=8, size=20)
     with pytest.raises(ValueError, match=r"clips\.frames is 8, expected 8k \+ 1; clips\.size is 20") as caught:
-        Run(replace(config, clips=clips, steps=0), data, tmp_path / "run")
+        Run(replace(config, init=None, clips=clips, steps=0), data, tmp_path / "run")
     assert "steps is 0, expected at least 1" in str(caught.value)
+    clips = replace(clips, size=21)  # a latent of the model that this config starts from spans 2 frames and 2x2 pixels
+    with pytest.raises(ValueError, match=r"clips\.frames is 8, expected 2k \+ 1; clips\.size is 21"):
+        Run(replace(config, clips=clips), data, tmp_path / "run")
     with pytest.raises(ValueError, match="expected kind frames where it has an init"):
         Run(replace(config, gan=replace(config.gan, kind="causal", init="gan.pt")), data, tmp_path / "run")
     with pytest.raises(ValueError, match="lies in the data"):

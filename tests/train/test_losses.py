@@ -85,6 +85,15 @@ def test_lecam_is_zero_where_logits_keep_to_their_side():
     assert losses.lecam(real + 1, fake - 2, jnp.array(2.0), jnp.array(-1.0)) == 1 + 4
 
 
+def test_a_mean_over_a_clip_in_parts_is_that_of_the_whole():
+    a, b = (np.random.default_rng(seed).normal(size=(2, 9, 4, 5, 3)).astype(np.float32) for seed in (0, 1))
+    parts = [(x[:, :1], x[:, 1:]) for x in (a, b)]
+    np.testing.assert_allclose(losses.averaged(losses.mse, *parts), losses.mse(a, b), rtol=1e-6)
+    np.testing.assert_allclose(
+        losses.r1(lambda clips: tuple(x**3 for x in clips), parts[0]), losses.r1(lambda x: x**3, a), rtol=1e-6
+    )
+
+
 @pytest.fixture(scope="module")
 def lpips(randomized):
     return randomized(lambda rngs: LPIPS(WIDTHS, rngs=rngs))

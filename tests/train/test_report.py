@@ -7,15 +7,15 @@ import math
 import numpy as np
 import pytest
 
+pytest.importorskip("av", reason="pictures need PyAV")
+pytest.importorskip("matplotlib", reason="the report needs matplotlib")
+
 from flax_vae import to_float, to_uint8
 from flax_vae.metrics.psnr import psnr
 from flax_vae.train import curves
 from flax_vae.train.config import PRESETS
 from flax_vae.train.history import History, Snapshot, read_columns, read_history, save_snapshot
 from flax_vae.train.report import duration, numbers, settings, spread_out, title, write_report
-
-pytest.importorskip("av", reason="pictures need PyAV")
-pytest.importorskip("matplotlib", reason="the report needs matplotlib")
 
 GAN = ("gan", "gan_weight", "discriminator", "logits_real", "logits_fake", "discriminator_gradient_norm")
 PLAIN = ("mse", "l1", "kl", "total", "gradient_norm", "learning_rate", "frames_per_second", "waited")

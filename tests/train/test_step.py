@@ -21,8 +21,8 @@ from tests.little import ONE_BLOCK
 CONFIG = TrainConfig(
     steps=20,
     precision="float32",
-    loss=LossConfig(lpips=0.0),
-    gan=GanConfig("frames"),
+    loss=LossConfig(l1=0.3, lpips=0.0, kl=0.01),
+    gan=GanConfig("frames", regularizer="lecam", regularizer_weight=0.7),
     optimizer=OptimizerConfig(learning_rate=1e-2, warmup=4),
 )
 SHAPE = (1, 3, 16, 16, 3)
@@ -35,11 +35,16 @@ def promoting():
         yield
 
 
+QUICKLY = {"xla_backend_optimization_level": 0}
+
+
+def discriminator():
+    return PatchDiscriminator((4, 4), rngs=nnx.Rngs(1))
+
+
 def made(config=CONFIG, lpips=None):
     """Returns a trainer of small models."""
-    vae = CausalVideoVAE(ONE_BLOCK, rngs=nnx.Rngs(0))
-    discriminator = PatchDiscriminator((4, 4), rngs=nnx.Rngs(1))
-    return Trainer(config, vae, lpips, discriminator, compiler_options={"xla_backend_optimization_level": 0})
+    return Trainer(config, CausalVideoVAE(ONE_BLOCK, rngs=nnx.Rngs(0)), lpips, discriminator(), QUICKLY)
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +119,75 @@ def test_every_step_has_noise_of_its_own(trainer):
     assert len({tuple(jax.random.key_data(noise_key(seed, step)).tolist()) for seed in (0, 1) for step in (0, 1)}) == 4
 
 
+def weighed(trainer, state, video):
+    """Returns what a step measures, and the gradients of the VAE and of its discriminator, loss by loss."""
+    key, structure = noise_key(CONFIG.seed, state.step), nnx.split(discriminator())[0]
+
+    def losses(parameters):
+        vae = trainer.vae(parameters)
+        posterior = vae.encode(video)
+        again = vae.decode(posterior.sample(key))
+        mse, l1 = jnp.square(again - video).mean(), jnp.abs(again - video).mean()
+        terms = {"mse": mse, "l1": l1, "kl": posterior.kl()}
+        gan = -nnx.merge(structure, state.discriminator)(again).mean()
+        return (CONFIG.loss.mse * mse + CONFIG.loss.l1 * l1, posterior.kl(), gan), (terms, again)
+
+    def judged(parameters, again):
+        real, fake = (nnx.merge(structure, parameters)(clip) for clip in (video, again))
+        hinge = (jax.nn.relu(1 - real).mean() + jax.nn.relu(1 + fake).mean()) / 2
+        ema_real, ema_fake = state.ema_logits
+        away = jax.nn.relu(real - ema_fake), jax.nn.relu(ema_real - fake)
+        lecam = jnp.square(away[0]).mean() + jnp.square(away[1]).mean()
+        terms = {"discriminator": hinge, "lecam": lecam, "logits_real": real.mean(), "logits_fake": fake.mean()}
+        return hinge + CONFIG.gan.regularizer_weight * lecam, terms
+
+    (loss, kl, gan), pull, (metrics, again) = jax.vjp(losses, state.parameters, has_aux=True)
+    (by_loss,), (by_gan,) = (pull(tuple(map(jnp.float32, weights))) for weights in ((1, CONFIG.loss.kl, 0), (0, 0, 1)))
+    # the divergence has no gradient by the decoder's last kernel
+    lengths = [jnp.linalg.norm(g["decoder"]["conv_out"]["conv"]["kernel"][...].ravel()) for g in (by_loss, by_gan)]
+    weight = CONFIG.gan.weight * lengths[0] / (lengths[1] + 1e-4)
+    gradients = jax.tree.map(lambda a, b: a + weight * b, by_loss, by_gan)
+    judge_gradients, more = jax.grad(judged, has_aux=True)(state.discriminator, again)
+    metrics |= more | {"gan": gan, "gan_weight": weight, "total": loss + CONFIG.loss.kl * kl}
+    return metrics, (gradients, judge_gradients)
+
+
+def test_a_step_is_that_of_the_losses_by_their_weights(trainer, randomized):
+    weights, ema = nnx.state(randomized(lambda rngs: CausalVideoVAE(ONE_BLOCK, rngs=rngs)), nnx.Param), (0.3, -0.2)
+    state = replace(trainer.start(), parameters=weights, average=jax.tree.map(jnp.copy, weights))
+    state = replace(state, step=jnp.int32(3), ema_logits=tuple(map(jnp.float32, ema)))
+    expected, gradients = jax.jit(partial(weighed, trainer), compiler_options=QUICKLY)(state, frames())
+    before = copied(state.parameters)
+    state, metrics = trainer.step(state, frames(), with_gan=True)
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-4, err_msg=name)
+    norms = metrics["gradient_norm"], metrics["discriminator_gradient_norm"]
+    for norm, by_hand, moments in zip(norms, gradients, (state.optimizer, state.discriminator_optimizer), strict=True):
+        pairs = list(zip(jax.tree.leaves(by_hand), jax.tree.leaves(moments[1].mu), strict=True))
+        length = np.sqrt(sum(np.square(gradient).sum() for gradient, _ in pairs))
+        np.testing.assert_allclose(norm, length, rtol=1e-4)
+        for gradient, moment in pairs:  # a tenth of the gradient, which is cut to the clip
+            scale = 0.1 * min(1, CONFIG.optimizer.clip / length)
+            np.testing.assert_allclose(moment, scale * gradient, rtol=0, atol=1e-4 * scale * length)
+    for average, logit, now in zip(ema, ("logits_real", "logits_fake"), state.ema_logits, strict=True):
+        np.testing.assert_allclose(now, 0.99 * average + 0.01 * metrics[logit], rtol=1e-5)
+    assert metrics["learning_rate"] == pytest.approx(CONFIG.optimizer.learning_rate / CONFIG.optimizer.warmup)
+    for first, now, average in zip(*map(jax.tree.leaves, (before, state.parameters, state.ema)), strict=True):
+        np.testing.assert_allclose(average, first + (1 - 2 / 11) * (now - first), rtol=1e-5, atol=1e-7)
+
+
+def test_average_moves_when_the_optimizer_does_and_not_at_every_batch():
+    trainer = made(replace(CONFIG, optimizer=replace(CONFIG.optimizer, accumulate=2)))
+    state, accepted = trainer.start(), jax.jit(trainer._accepted, compiler_options=QUICKLY)
+    moved = jax.tree.map(lambda leaf: leaf + 1, state.parameters)
+    for updates_before, updates_after, share in ((0, 0, 0.0), (0, 1, 1 - 2 / 11), (1, 1, 0.0), (1, 2, 1 - 3 / 12)):
+        before, after = (state.optimizer._replace(gradient_step=jnp.int32(n)) for n in (updates_before, updates_after))
+        now = replace(state, optimizer=before)
+        found, _ = accepted(now, now, moved, after, state.random_counts, {"total": jnp.float32(1)})
+        for first, average in zip(*map(jax.tree.leaves, (state.ema, found.ema)), strict=True):
+            np.testing.assert_allclose(average, first + share, rtol=0, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_bfloat16_is_for_computing_and_not_for_weights(trainer):
     narrow = made(replace(CONFIG, precision="bfloat16"))
@@ -184,6 +258,15 @@ def test_optimizer_is_clipped_adam_with_decay_of_kernels_alone():
     # Their mean is [0.6, 0] and 0; the first step of Adam has the sign of the gradient.
     np.testing.assert_allclose(changes["kernel"], [[-0.1 * (1 + 0.5), 0.1 * 2 * 0.5]], rtol=1e-6)
     assert changes["bias"] == 0
+
+
+def test_gradients_of_accumulated_batches_are_averaged():
+    rates = OptimizerConfig(warmup=1, weight_decay=0.0, clip=100.0, accumulate=4)
+    transformation, parameters = optimizer(rates, 200), {"kernel": jnp.array([[0.0, 0.0]])}
+    state, update = transformation.init(parameters), jax.jit(transformation.update)
+    for value in (1.0, 2.0, 3.0, 6.0):
+        _, state = update({"kernel": jnp.array([[value, -value]])}, state, parameters)
+    np.testing.assert_allclose(state.inner_opt_state[1].mu["kernel"], [[0.1 * 3, -0.1 * 3]], rtol=1e-6)
 
 
 def test_long_gradients_are_cut_to_the_clip():
