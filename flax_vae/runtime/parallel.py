@@ -103,11 +103,6 @@ def split_parts(clip: Any, mesh: Mesh | None) -> Parts:
     return (clip[:, :1], clip[:, 1:]) if is_split(clip.shape[1], mesh) else (clip,)
 
 
-def join_parts(parts: Sequence[Any]) -> Any:
-    """Joins the parts of a clip, or trees of parts, in time."""
-    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
-
-
 def run_parts(module: nnx.Module, step: Step, parts: Parts, mesh: Mesh | None, chunk: int | None = None) -> Parts:
     """Returns what `step(module, clip, None)` returns, in parts, for the parts of a clip; inside a jit.
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from flax_vae.models.posterior import DiagonalGaussian, Latents
 from flax_vae.models.vae import Video, VideoVAE
 from flax_vae.runtime.mesh import check_sizes, sharding
-from flax_vae.runtime.parallel import abstract_parts, join_parts, lowered_for, replicate, run_parts, shard
+from flax_vae.runtime.parallel import abstract_parts, lowered_for, replicate, run_parts, shard
 
 
 def encode(vae: VideoVAE, video: Video, mesh: Mesh, chunk: int | None = None) -> DiagonalGaussian:
@@ -80,7 +80,8 @@ def check_clip(vae: VideoVAE, mesh: Mesh, shape: Sequence[int], chunk: int | Non
 
 def _compute(vae, step, clip, mesh, chunk):
     structure, state = nnx.split(vae)
-    return join_parts(_run(structure, step, mesh, chunk, replicate(state, mesh), shard(clip, mesh)))
+    parts = _run(structure, step, mesh, chunk, replicate(state, mesh), shard(clip, mesh))
+    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))

@@ -46,8 +46,7 @@ def encode(
     Raises:
       ValueError: the model cannot be computed in chunks; when iterated, a chunk without whole latents.
     """
-    step = compiled(vae.encode_chunk, mesh)
-    return Stream(step, fitted(chunks, vae.config, extra_frames, carry is None), carry)
+    return Stream(compiled(vae.encode_chunk, mesh), fitted(chunks, vae.config, extra_frames, carry is None), carry)
 
 
 def decode(vae: Any, chunks: Iterable[ArrayLike], carry: Any = None, mesh: Mesh | None = None) -> Stream:

@@ -19,18 +19,10 @@ MODEL = "model.json"  # the model's config, in the folder of a run
 def averaged(
     folder: PathLike, step: Literal["newest", "best"] | int = "newest", dtype: DTypeLike = jnp.float32
 ) -> tuple[VideoVAE, int]:
-    """Loads the ema of a run's weights as a model; the run may still go on.
+    """Loads the ema of a run's weights, cast to `dtype`; returns the model and the step of its checkpoint.
 
-    Args:
-      folder: of the run.
-      step: of a checkpoint; "best" is the one with the highest PSNR of the clips that the run shows.
-      dtype: that the weights are cast to.
-
-    Returns:
-      The model, and the step of its checkpoint.
-
-    Raises:
-      FileNotFoundError: there is no such run or checkpoint.
+    "best" is the checkpoint with the highest PSNR of the clips that the run shows. The run may still go on. Raises
+    FileNotFoundError where there is no such run or checkpoint.
     """
     folder = Path(folder)
     if not (folder / MODEL).is_file():

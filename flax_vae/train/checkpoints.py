@@ -34,15 +34,9 @@ class Checkpoints:
             self._manager.close()
 
     def save(self, step: int, state: Any, quality: float = UNKNOWN_QUALITY) -> None:
-        """Starts to write a state, and raises the error of the write before.
+        """Starts to write a state; raises the error of the write before.
 
-        Args:
-          step: batches so far.
-          state: a pytree of arrays.
-          quality: PSNR in dB, by which the best one is kept; one of unknown quality is no better than any other.
-
-        Raises:
-          OSError: the write before this one failed.
+        The best one is kept by `quality`, a PSNR in dB; one of unknown quality is no better than any other.
         """
         args = ocp.args.Composite(state=ocp.args.StandardSave(named_leaves(state)))
         with self._named():
@@ -76,22 +70,13 @@ class Checkpoints:
 
 
 def restore_part(folder: Path, part: Any, step: Literal["newest", "best"] | int) -> tuple[Any, int]:
-    """Reads only the leaves of `part` from a checkpoint, and returns them with its step; the run may go on meanwhile.
+    """Reads only the leaves of `part`, a part of a state, and returns them with the step of their checkpoint.
 
-    Args:
-      folder: of the checkpoints.
-      part: a pytree of shapes, whose leaves are named as in the state.
-      step: of the checkpoint; "best" is the one with the highest PSNR.
-
-    Raises:
-      FileNotFoundError: there is no such checkpoint.
+    The run may go on meanwhile. Raises FileNotFoundError where there is no such checkpoint.
     """
     qualities = qualities_in(folder)
-    choices: dict[Any, int | None] = {
-        "newest": max(qualities, default=None),
-        "best": max(qualities, key=qualities.__getitem__, default=None),
-    }
-    number = choices.get(step, step)
+    newest, best = max(qualities, default=None), max(qualities, key=qualities.__getitem__, default=None)
+    number = newest if step == "newest" else best if step == "best" else step
     if number not in qualities:
         raise FileNotFoundError(f"{folder}: has no checkpoint {step}, but {', '.join(map(str, qualities)) or 'none'}")
     names = named_leaves(part)

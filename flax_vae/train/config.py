@@ -7,9 +7,6 @@ from typing import Any, Literal
 
 from flax_vae.models.config import VAEConfig
 
-Gans = Literal["none", "frames", "causal"]
-Regularizers = Literal["none", "r1", "lecam"]
-Optimizers = Literal["adamw", "muon"]
 Precision = Literal["float32", "bfloat16"]
 
 
@@ -57,7 +54,7 @@ class LossConfig:
 class GanConfig:
     """The discriminator, and the weight of its loss."""
 
-    kind: Gans = "frames"
+    kind: Literal["none", "frames", "causal"] = "frames"
     """what it sees: frames, each by itself, or clips, in causal convolutions"""
     init: str | None = None
     """checkpoint of one that sees frames to start from, also a training checkpoint with the VAE, in place of random
@@ -66,7 +63,7 @@ class GanConfig:
     """the step from which on it takes part"""
     weight: float = 0.5
     """share of the adaptive weight, which makes its gradient at the last layer as long as the reconstruction's"""
-    regularizer: Regularizers = "none"
+    regularizer: Literal["none", "r1", "lecam"] = "none"
     """r1 keeps its gradient at clips short, lecam its logits close to each other"""
     regularizer_weight: float = 1.0
     """weight of the regularizer"""
@@ -80,7 +77,7 @@ class GanConfig:
 class OptimizerConfig:
     """The optimizer, with warm-up and cosine decay, of the VAE and of the discriminator."""
 
-    kind: Optimizers = "adamw"
+    kind: Literal["adamw", "muon"] = "adamw"
     """muon learns faster per step where steps are few; its kernels' steps have all directions of equal length"""
     learning_rate: float = 1e-4
     """after the warm-up"""

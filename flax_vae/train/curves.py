@@ -29,19 +29,12 @@ class Panel:
     cells: int = 1
 
 
+REGULARIZERS = ("r1", "R1", GREEN), ("lecam", "LeCam", GREEN)
 PANELS = (
     Panel("PSNR, dB", (("psnr", "training batches", BATCH_COLOUR),), cells=2),
     Panel("reconstruction", (("mse", "MSE", BLUE), ("l1", "L1", GREEN), ("lpips", "LPIPS", RUST)), may_be_log=True),
     Panel("KL", (("kl", "", PURPLE),), may_be_log=True),
-    Panel(
-        "GAN losses",
-        (
-            ("gan", "VAE", BLUE),
-            ("discriminator", "discriminator", RUST),
-            ("r1", "R1", GREEN),
-            ("lecam", "LeCam", GREEN),
-        ),
-    ),
+    Panel("GAN losses", (("gan", "VAE", BLUE), ("discriminator", "discriminator", RUST), *REGULARIZERS)),
     Panel("logits", (("logits_real", "clips", GREEN), ("logits_fake", "reconstructions", RUST))),
     Panel("weight of the GAN", (("gan_weight", "", PURPLE),), may_be_log=True),
     Panel("gradient norm, discriminator", (("discriminator_gradient_norm", "", RUST),), may_be_log=True),

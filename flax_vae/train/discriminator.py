@@ -23,6 +23,7 @@ from flax_vae.layers.sequence import run_layers
 from flax_vae.ops.precision import accumulation_dtype
 
 WIDTHS = (64, 128, 256, 512)
+SLOPE = 0.2  # of leaky ReLU, below zero
 TRAINING_PREFIX = re.compile(r"((?:module\.)*)loss\.discriminator\.")
 KERNEL_NAME = re.compile(r"(?:module\.)*main\.(\d+)\.weight")
 
@@ -93,16 +94,14 @@ class CausalPatchDiscriminator(nnx.Module):
     def chunk(self, x: Clip, carry=None):
         """Returns the logits of the next frames of a stream, a multiple of 4 after its first, and the carry."""
         norms = [lambda x: x, *self.norms]
-        layers = [
-            partial(conv_norm_relu, conv, norm) for conv, norm in zip([self.conv_in, *self.convs], norms, strict=True)
-        ]
+        layers = [partial(conv_norm_relu, *pair) for pair in zip([self.conv_in, *self.convs], norms, strict=True)]
         return run_layers([*layers, self.conv_out], x, carry)
 
 
 def conv_norm_relu(conv: CausalConv3d, norm: Callable[[Clip], Clip], x: Clip, carry=None):
     """Applies a convolution, a norm and leaky ReLU; returns the result and the carry."""
     y, carry = conv(x, carry)
-    return leaky_relu(norm(y)), carry
+    return jax.nn.leaky_relu(norm(y), SLOPE), carry
 
 
 class LeakyRelu(nnx.Module):
@@ -110,7 +109,7 @@ class LeakyRelu(nnx.Module):
 
     def __call__(self, x: Clip) -> Array:
         """Keeps the shape of x."""
-        return leaky_relu(x)
+        return jax.nn.leaky_relu(x, SLOPE)
 
 
 class InstanceNorm(nnx.Module):
@@ -131,8 +130,3 @@ def kernel_widths(shapes: Mapping[str, Spec]) -> list[int]:
     if min(widths, default=0) < 1:
         raise ValueError(f"no discriminator, whose kernels would be main.0.weight and so on, among {[*shapes][:9]}")
     return widths
-
-
-def leaky_relu(x: Clip) -> Array:
-    """Returns x, or a fifth of it where it is negative."""
-    return jax.nn.leaky_relu(x, 0.2)

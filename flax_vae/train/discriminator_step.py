@@ -28,15 +28,9 @@ def new_discriminator(config: TrainConfig, channels: int) -> nnx.Module:
 
 
 class DiscriminatorStep:
-    """Trains a discriminator beside the VAE; holds nothing that changes.
+    """Trains a discriminator, starting from the given one, beside the VAE; holds nothing that changes.
 
-    Clips and reconstructions are in parts, as `runtime.parallel` splits them.
-
-    Args:
-      config: of the run.
-      discriminator: the one to start from.
-      optimizer: of its weights.
-      mesh: devices that share the work.
+    Clips and reconstructions are in parts, as `runtime.parallel` splits them for the mesh.
     """
 
     def __init__(

@@ -66,14 +66,8 @@ class History:
 def save_snapshot(folder: Path, step: int, clips: np.ndarray, output: np.ndarray) -> float:
     """Draws a contact sheet of clips and reconstructions, and keeps a frame of each; returns their PSNR in dB.
 
-    Args:
-      folder: of the run.
-      step: batches so far; files of the same step are replaced.
-      clips: floats in [-1, 1], (clips, T, H, W, 3).
-      output: their reconstructions.
-
-    Raises:
-      ValueError: there are NaN, as of damaged weights.
+    Both are floats in [-1, 1], (clips, T, H, W, 3); `folder` is the run's, where files of the same step are replaced.
+    Raises ValueError for NaN, as of damaged weights.
     """
     (folder / FRAMES).mkdir(parents=True, exist_ok=True)
     pair = to_uint8(clips), to_uint8(output)

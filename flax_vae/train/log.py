@@ -24,7 +24,7 @@ class MetricsLog:
         self._file.truncate(kept)
         self._board = None
         with contextlib.suppress(ImportError):
-            from tensorboardX import SummaryWriter
+            from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
 
             self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=step)
 

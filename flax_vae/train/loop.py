@@ -80,8 +80,7 @@ class Run:
       fsdp: whether the devices of `data` shard the weights too.
 
     Raises:
-      ValueError: the folder holds a run of another config or is in use, the config or the mesh is not possible, or
-        there is nothing to train on.
+      ValueError: the folder is of another config or in use, settings are not possible, or there is no clip.
     """
 
     def __init__(
@@ -118,8 +117,7 @@ class Run:
         self._draw_shown_clips()
         lpips = LPIPS.from_pretrained() if self.config.loss.lpips else None
         vae = first_model(self.config)
-        given = self.config.gan.init
-        discriminator = PatchDiscriminator.from_pretrained(given) if given else None
+        discriminator = PatchDiscriminator.from_pretrained(init) if (init := self.config.gan.init) else None
         self.trainer = Trainer(self.config, vae, lpips, discriminator, mesh=self.mesh, fsdp=self.fsdp)
         if self.is_first:
             keep_json(self.out / CONFIG, self.settings)
@@ -155,8 +153,7 @@ class Run:
             began = time.perf_counter()
             frames = next(data)
             waited = time.perf_counter() - began
-            with_gan = self.config.gan.takes_part(step)
-            self.state, metrics = self.trainer.step(self.state, frames, with_gan=with_gan)
+            self.state, metrics = self.trainer.step(self.state, frames, with_gan=self.config.gan.takes_part(step))
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             count = frames.shape[0] * frames.shape[1] * self.share[1]
             record = Record(step, values, count, time.perf_counter() - began, waited)
@@ -194,14 +191,12 @@ class Run:
 
     def draw(self) -> float:
         """Draws the shown clips beside their reconstructions by the ema of the weights; returns the PSNR in dB."""
-        ema = self.state.ema if self.mesh is None else replicate(self.state.ema, self.mesh)
-        quality = self._drawn(jax.tree.map(lambda leaf: leaf.addressable_data(0), ema)) if self.is_first else 0.0
+        ema, quality = self.state.ema if self.mesh is None else replicate(self.state.ema, self.mesh), 0.0
+        if self.is_first:
+            vae = self.trainer.vae(jax.tree.map(lambda leaf: leaf.addressable_data(0), ema))
+            output = [np.asarray(reconstruct(vae, to_float(clip[None]))) for clip in self.shown]
+            quality = save_snapshot(self.out, self.step, to_float(self.shown), np.concatenate(output))
         return allgather(quality)[0]
-
-    def _drawn(self, ema: Any) -> float:
-        vae = self.trainer.vae(ema)
-        output = [np.asarray(reconstruct(vae, to_float(clip[None]))) for clip in self.shown]
-        return save_snapshot(self.out, self.step, to_float(self.shown), np.concatenate(output))
 
     def _draw_shown_clips(self) -> None:
         """Draws the clips to show from the data, which fails where none can be read, and measures how long it takes."""

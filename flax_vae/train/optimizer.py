@@ -75,19 +75,15 @@ def scale_by_muon(adam: optax.GradientTransformation) -> optax.GradientTransform
     """
 
     def matrices(tree: Any) -> Any:
-        return jax.tree.map(
-            lambda leaf: contrib.MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), (leaf.ndim - 1,)), tree
-        )
+        return jax.tree.map(lambda x: contrib.MuonDimensionNumbers(tuple(range(x.ndim - 1)), (x.ndim - 1,)), tree)
 
     def scaled(step: Array) -> Array:
         return 0.2 * max(math.prod(step.shape[:-1]), step.shape[-1]) ** 0.5 * step
 
     orthogonal = contrib.scale_by_muon(weight_dimension_numbers=matrices)
     muon = optax.chain(orthogonal, optax.stateless(lambda steps, _: jax.tree.map(scaled, steps)))
-    return optax.partition(
-        {"muon": muon, "adam": adam},
-        lambda parameters: jax.tree.map(lambda is_kernel: "muon" if is_kernel else "adam", are_kernels(parameters)),
-    )
+    labels = {True: "muon", False: "adam"}
+    return optax.partition({"muon": muon, "adam": adam}, lambda tree: jax.tree.map(labels.get, are_kernels(tree)))
 
 
 def are_kernels(tree: Any) -> Any:

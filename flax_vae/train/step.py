@@ -94,12 +94,13 @@ class Trainer:
         self.schedule = schedule(config.optimizer, config.steps)
         self._model, self._model_config, self._last_kernel = type(vae), vae.config, vae.last_kernel
         vae.train()
-        self.structure, self._parameters, self._counts, self._constants = nnx.split(vae, nnx.Param, nnx.RngCount, ...)
+        self.structure, parameters, self._counts, self._constants = nnx.split(vae, nnx.Param, nnx.RngCount, ...)
         self._lpips, self._lpips_weights = cast(Any, (None, None) if lpips is None else nnx.split(lpips))
         self.discriminator: Any = None
         if config.gan.kind != "none":
             discriminator = discriminator or new_discriminator(config, vae.config.pixel_channels)
             self.discriminator = DiscriminatorStep(config, discriminator, self.optimizer, mesh)
+        self._first = parameters, self._counts, self.discriminator and self.discriminator.first_parameters
         self._shardings = None
         options: dict[str, Any] = {"donate_argnames": "state", "compiler_options": compiler_options}
         if mesh is not None:
@@ -107,11 +108,6 @@ class Trainer:
             self._shardings = shardings(jax.eval_shape(self._start, *self._first), mesh, fsdp)
             options["out_shardings"] = self._shardings, sharding(mesh)
         self._compiled = jax.jit(lowered_for(mesh)(self._step), static_argnames="with_gan", **options)
-
-    @property
-    def _first(self) -> tuple[Any, Any, Any]:
-        """The weights, random counts and discriminator's weights that the run starts from."""
-        return self._parameters, self._counts, self.discriminator and self.discriminator.first_parameters
 
     def start(self) -> TrainState:
         """Returns the state before the first step."""
@@ -136,15 +132,10 @@ class Trainer:
         )
 
     def step(self, state: TrainState, frames: Frames, *, with_gan: bool) -> tuple[TrainState, Metrics]:
-        """Takes a step; returns the state after it and its metrics.
+        """Takes a step on frames (B, T, H, W, C), uint8 or in [-1, 1]; returns the state after it and its metrics.
 
-        Args:
-          state: donated, its memory is reused for the state that is returned.
-          frames: (B, T, H, W, C), uint8 or in [-1, 1]; each of several processes passes its own clips of the batch.
-          with_gan: whether the discriminator takes part.
-
-        Raises:
-          ValueError: the mesh does not divide the batch, or its frames make no whole latents.
+        The given state is donated. Of several processes, each passes its own clips of the batch. Raises ValueError
+        where the mesh does not divide the batch, or its frames make no whole latents.
         """
         if self.mesh is None:
             return self._compiled(state, self._lpips_weights, (frames,), with_gan=with_gan)
@@ -159,8 +150,8 @@ class Trainer:
         if self.mesh is not None:
             check_sizes(self.mesh.shape, self._model_config, *shape)
             parts, replicated = abstract_parts(frames, self.mesh, jnp.uint8), sharding(self.mesh)
-            state = jax.tree.map(with_sharding, state, self._shardings)
-            weights = jax.tree.map(lambda x: with_sharding(x, replicated), weights)
+            state = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), state, self._shardings)
+            weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), weights)
         return self._compiled.lower(state, weights, parts, with_gan=with_gan)
 
     def vae(self, parameters: Any) -> VideoVAE:
@@ -174,7 +165,8 @@ class Trainer:
         video = tuple(pixels(part, self.loss_dtype) for part in frames)
         key = noise_key(self.config.seed, state.step)
         reconstruct = partial(self._reconstruct, counts=state.random_counts, video=video, key=key)
-        # one forward pass, whose vjp is applied to up to three cotangents of (output, kl)
+        # One forward pass, whose vjp is applied to up to three cotangents: of the output, (B, T, H, W, C) in parts, and
+        # of the KL divergence, whose cotangent is its weight in the loss.
         (output, kl), vjp, counts = jax.vjp(reconstruct, state.parameters, has_aux=True)
         total, metrics, cotangent = self._reconstruction_loss(lpips, output, video)
         metrics |= {"kl": kl}
@@ -182,7 +174,7 @@ class Trainer:
         if with_gan:
             loss, gan_cotangent = self.discriminator.generator_loss(state.discriminator, output)
             # The adaptive weight needs both losses' gradients by the decoder's last kernel alone. XLA drops the rest of
-            # these two vjps, so they cost no more than the last layer; only the one below runs through the whole model.
+            # these two vjps: they cost no more than the last layer. Only the vjp below runs through the whole model.
             zero = jnp.zeros((), kl.dtype)
             pair = (vjp((each, zero))[0] for each in (cotangent, gan_cotangent))
             last_kernels = (reduce(getitem, self._last_kernel, gradients)[...] for gradients in pair)
@@ -226,7 +218,7 @@ class Trainer:
         """Returns the state after a step and its metrics; where a metric is not finite, the state stays as it was."""
         is_finite = jnp.stack([jnp.isfinite(value) for value in metrics.values()]).all()
         before, now = (updates(moments).astype(float) for moments in (state.optimizer, moments))
-        # the ema of the first few steps is their mean rather than the random start
+        # the decay starts at 2/11, so that the ema soon forgets the weights that the run starts from
         decay = jnp.where(now > before, jnp.minimum(self.config.optimizer.ema, (1 + now) / (10 + now)), 1.0)
         after = replace(
             with_discriminator,
@@ -253,15 +245,9 @@ def shardings(state: TrainState, mesh: Mesh, fsdp: bool) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, leaf: sharding(mesh, weights_spec(path, leaf, devices)), state)
 
 
-def with_sharding(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-    """Returns the shape and dtype of an array with a sharding."""
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
 def check_mesh(mesh: Mesh, config: TrainConfig, vae: VideoVAE, has_dropout: bool) -> None:
     """Raises ValueError, before anything is compiled, where the mesh cannot divide this training."""
-    clips = config.clips
-    size = (clips.size, clips.size)
+    clips, size = config.clips, (config.clips.size,) * 2
     if clips.images < 1:
         check_clip(vae, mesh, (clips.batch, clips.frames, *size), config.chunk)
     if clips.images > 0:
