@@ -72,7 +72,7 @@ class Host:
     said: Path
 
     def ended(self, patience: float = PATIENCE) -> int:
-        """Waits for the end and gives the exit code."""
+        """Waits for the end; returns the exit code."""
         return self.process.wait(patience)
 
 
@@ -100,7 +100,7 @@ class Hosts:
         return [self.start(*words, *where, "--process", number) for number in range(count)]
 
     def run(self, *words: object, count: int = 1) -> list[str]:
-        """Runs them to a good end, alone or as a cluster, and gives what each process said."""
+        """Runs them to a good end, alone or as a cluster, and returns what each process said."""
         hosts = self.cluster(*words, count=count) if count > 1 else [self.start(*words)]
         for host in hosts:
             assert host.ended() == 0, host.said.read_text()[-3000:]
@@ -115,7 +115,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def hosts(tmp_path, cache):
-    """Gives what starts commands, and kills those that are left."""
+    """Yields what starts commands, and kills those that are left."""
     hosts = Hosts(tmp_path, cache)
     yield hosts
     for host in hosts.started:
@@ -133,7 +133,7 @@ def wait_for_steps(out: Path, steps: int, hosts: list[Host]) -> None:
 
 
 def free_port() -> int:
-    """Gives a port that nothing listens at."""
+    """Returns a port that nothing listens at."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
@@ -269,7 +269,7 @@ def test_two_processes_evaluate_as_one_does(hosts, vae, clips):
 
 
 def training(vae: Path, clips: Path, out: Path, steps: int = 4, *more: object) -> list[object]:
-    """Gives the words of a short training run, which saves after each step."""
+    """Returns the words of a short training run, which saves after each step."""
     words = ["train", "--data", clips, "--out", out, "--init", vae, "--steps", steps, "--save-every", 1]
     words += ["--picture-every", 100, "--clips.size", 16, "--clips.batch", 2, "--clips.image-batch", 2]
     return [*words, "--clips.images", 0.3, "--optimizer.kind", "adamw", "--optimizer.warmup", 2, *more]

@@ -105,7 +105,7 @@ def steps():
 
 
 def shape_of(job, latents, batch=1, size=32):
-    """Gives the shape of so many latents, or of the frames they are of; 0 stands for the first chunk of a stream."""
+    """Returns the shape of so many latents, or of the frames they are of; 0 stands for the first chunk of a stream."""
     if job == "encode":
         return jax.ShapeDtypeStruct((batch, max(8 * latents, 1), size, size, 3), jnp.float32)
     return jax.ShapeDtypeStruct((batch, max(latents, 1), size // 8, size // 8, 16), jnp.float32)
@@ -113,7 +113,7 @@ def shape_of(job, latents, batch=1, size=32):
 
 @pytest.fixture(scope="module")
 def needed(steps):
-    """Gives a function of the latents of a chunk, the clips of a batch and their size: the bytes of a stream."""
+    """Returns a function of the latents of a chunk, the clips of a batch and their size: the bytes of a stream."""
     return lambda job, *which: step_bytes(steps[job], shape_of(job, 0, *which[1:]), shape_of(job, *which))
 
 

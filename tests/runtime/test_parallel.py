@@ -187,8 +187,8 @@ def test_a_stream_of_one_latent_a_device_goes_on_from_its_carry_as_on_one_device
         (stream.encode, clip, means, frames_of, int),
         (stream.decode, means, video, int, frames_of),
     ):
-        places = [length(latents) if latents else 0 for latents in ends]
-        first, second, third = (x[:, a:b] for a, b in itertools.pairwise(places))
+        bounds = [length(latents) if latents else 0 for latents in ends]
+        first, second, third = (x[:, a:b] for a, b in itertools.pairwise(bounds))
         carried.clear()
         begun = start(little, [first, second], mesh=mesh)
         results = list(begun)
@@ -260,7 +260,7 @@ def trainer(text=None, model=MODEL, size=32, batch=2, fsdp=False, kind="none", r
 
 
 def stepped(training, clip):
-    """Takes a first step; gives what it has measured, and the gradients, of which AdamW's first moments are shares."""
+    """Takes a first step; returns its metrics and the gradients, of which AdamW's first moments are shares."""
     with_gan = training.config.gan.kind != "none"
     state, metrics = training.step(training.start(), clip, with_gan=with_gan)
     moments = [state.optimizer[1].mu, state.discriminator_optimizer and state.discriminator_optimizer[1].mu]
@@ -317,7 +317,7 @@ def test_noise_of_a_clip_in_parts_is_that_of_the_whole(noise):
     np.testing.assert_array_equal(np.concatenate(found, axis=1), clip.sample(jax.random.key(3)))
 
 
-def test_what_judges_frames_by_themselves_gets_each_once_and_in_order(noise):
+def test_a_per_frame_function_gets_each_frame_once_and_in_order(noise):
     clips, mesh = [np.asarray(noise((4, 9, 2, 2, 3), seed)) for seed in (0, 1)], mesh_of("data=2,time=4")
 
     def products(a, b):
@@ -367,16 +367,16 @@ def test_stacked_frames_leave_the_batch_divided(stride):
 @pytest.mark.parametrize("text", ["height=2", "width=4"])
 def test_attention_in_parts_exchanges_pixels_and_no_scores(text, monkeypatch):
     monkeypatch.setattr(attention, "MAX_SCORES", 20_000)
-    places = jax.NamedSharding(mesh_of(text), jax.P("data", "time", "height", "width"))
-    x = jax.ShapeDtypeStruct((1, 1, 16, 16, 8), jnp.float32, sharding=places)
-    found = program(jax.jit(attention.attend, out_shardings=places).lower(x, x, x).compile().as_text()).exchanges
+    sharding = jax.NamedSharding(mesh_of(text), jax.P("data", "time", "height", "width"))
+    x = jax.ShapeDtypeStruct((1, 1, 16, 16, 8), jnp.float32, sharding=sharding)
+    found = program(jax.jit(attention.attend, out_shardings=sharding).lower(x, x, x).compile().as_text()).exchanges
     assert {each.kind for each in found} <= {"all-gather", "all-reduce"}
     assert max(math.prod(dims) for each in found for _, dims in each.arrays) <= math.prod(x.shape)
 
 
 @slow
 def test_a_halo_without_its_gradient_would_be_noticed(expected, monkeypatch):
-    """The mistake that parallel convolutions by hand have made: the neighbour is told nothing of its frames."""
+    """The usual mistake of hand-written parallel convolutions: no gradient goes back to where a halo came from."""
     clip, (_, gradients) = expected(LITTLE)
     right = TimeHalo._sent
     monkeypatch.setattr(TimeHalo, "_sent", lambda self, *args: lax.stop_gradient(right(self, *args)))

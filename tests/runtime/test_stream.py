@@ -39,7 +39,7 @@ PLANS = (
 
 @pytest.fixture(scope="module")
 def programs():
-    """Has all streams compiled in half the time, to slow but equal code; gives what holds their programs."""
+    """Has all streams compiled in half the time, to slow but equal code; yields what holds their programs."""
     options = {"xla_backend_optimization_level": 0}
     call = jax.jit(inspect.unwrap(stream._call), static_argnums=(0, 1), compiler_options=options)
     with pytest.MonkeyPatch.context() as patch:

@@ -101,7 +101,7 @@ def lpips(randomized):
 
 @pytest.fixture(scope="module")
 def distance_and_gradient(lpips, jit):
-    """Gives, by chunk, a function of two clips: the sum of distances and its gradient by the first clip."""
+    """Returns, by chunk, a function of two clips: the sum of distances and its gradient by the first clip."""
 
     def call(lpips, video, target, chunk):
         return jax.value_and_grad(lambda x: (lpips(x, target, chunk) * jnp.arange(1.0, 4.0)[None]).sum())(video)

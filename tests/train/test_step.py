@@ -126,14 +126,14 @@ def weighed(trainer, state, video):
     def losses(parameters):
         vae = trainer.vae(parameters)
         posterior = vae.encode(video)
-        again = vae.decode(posterior.sample(key))
-        mse, l1 = jnp.square(again - video).mean(), jnp.abs(again - video).mean()
+        output = vae.decode(posterior.sample(key))
+        mse, l1 = jnp.square(output - video).mean(), jnp.abs(output - video).mean()
         terms = {"mse": mse, "l1": l1, "kl": posterior.kl()}
-        gan = -nnx.merge(structure, state.discriminator)(again).mean()
-        return (CONFIG.loss.mse * mse + CONFIG.loss.l1 * l1, posterior.kl(), gan), (terms, again)
+        gan = -nnx.merge(structure, state.discriminator)(output).mean()
+        return (CONFIG.loss.mse * mse + CONFIG.loss.l1 * l1, posterior.kl(), gan), (terms, output)
 
-    def judged(parameters, again):
-        real, fake = (nnx.merge(structure, parameters)(clip) for clip in (video, again))
+    def discriminated(parameters, output):
+        real, fake = (nnx.merge(structure, parameters)(clip) for clip in (video, output))
         hinge = (jax.nn.relu(1 - real).mean() + jax.nn.relu(1 + fake).mean()) / 2
         ema_real, ema_fake = state.ema_logits
         away = jax.nn.relu(real - ema_fake), jax.nn.relu(ema_real - fake)
@@ -141,21 +141,22 @@ def weighed(trainer, state, video):
         terms = {"discriminator": hinge, "lecam": lecam, "logits_real": real.mean(), "logits_fake": fake.mean()}
         return hinge + CONFIG.gan.regularizer_weight * lecam, terms
 
-    (loss, kl, gan), pull, (metrics, again) = jax.vjp(losses, state.parameters, has_aux=True)
-    (by_loss,), (by_gan,) = (pull(tuple(map(jnp.float32, weights))) for weights in ((1, CONFIG.loss.kl, 0), (0, 0, 1)))
+    (loss, kl, gan), vjp, (metrics, output) = jax.vjp(losses, state.parameters, has_aux=True)
+    (by_loss,), (by_gan,) = (vjp(tuple(map(jnp.float32, weights))) for weights in ((1, CONFIG.loss.kl, 0), (0, 0, 1)))
     # the divergence has no gradient by the decoder's last kernel
     lengths = [jnp.linalg.norm(g["decoder"]["conv_out"]["conv"]["kernel"][...].ravel()) for g in (by_loss, by_gan)]
     weight = CONFIG.gan.weight * lengths[0] / (lengths[1] + 1e-4)
     gradients = jax.tree.map(lambda a, b: a + weight * b, by_loss, by_gan)
-    judge_gradients, more = jax.grad(judged, has_aux=True)(state.discriminator, again)
+    its_gradients, more = jax.grad(discriminated, has_aux=True)(state.discriminator, output)
     metrics |= more | {"gan": gan, "gan_weight": weight, "total": loss + CONFIG.loss.kl * kl}
-    return metrics, (gradients, judge_gradients)
+    return metrics, (gradients, its_gradients)
 
 
 def test_a_step_is_that_of_the_losses_by_their_weights(trainer, randomized):
-    weights, ema = nnx.state(randomized(lambda rngs: CausalVideoVAE(ONE_BLOCK, rngs=rngs)), nnx.Param), (0.3, -0.2)
-    state = replace(trainer.start(), parameters=weights, average=jax.tree.map(jnp.copy, weights))
-    state = replace(state, step=jnp.int32(3), ema_logits=tuple(map(jnp.float32, ema)))
+    weights = nnx.state(randomized(lambda rngs: CausalVideoVAE(ONE_BLOCK, rngs=rngs)), nnx.Param)
+    ema_logits = (0.3, -0.2)
+    state = replace(trainer.start(), parameters=weights, ema=jax.tree.map(jnp.copy, weights))
+    state = replace(state, step=jnp.int32(3), ema_logits=tuple(map(jnp.float32, ema_logits)))
     expected, gradients = jax.jit(partial(weighed, trainer), compiler_options=QUICKLY)(state, frames())
     before = copied(state.parameters)
     state, metrics = trainer.step(state, frames(), with_gan=True)
@@ -169,14 +170,14 @@ def test_a_step_is_that_of_the_losses_by_their_weights(trainer, randomized):
         for gradient, moment in pairs:  # a tenth of the gradient, which is cut to the clip
             scale = 0.1 * min(1, CONFIG.optimizer.clip / length)
             np.testing.assert_allclose(moment, scale * gradient, rtol=0, atol=1e-4 * scale * length)
-    for average, logit, now in zip(ema, ("logits_real", "logits_fake"), state.ema_logits, strict=True):
-        np.testing.assert_allclose(now, 0.99 * average + 0.01 * metrics[logit], rtol=1e-5)
+    for before_it, logit, now in zip(ema_logits, ("logits_real", "logits_fake"), state.ema_logits, strict=True):
+        np.testing.assert_allclose(now, 0.99 * before_it + 0.01 * metrics[logit], rtol=1e-5)
     assert metrics["learning_rate"] == pytest.approx(CONFIG.optimizer.learning_rate / CONFIG.optimizer.warmup)
-    for first, now, average in zip(*map(jax.tree.leaves, (before, state.parameters, state.ema)), strict=True):
-        np.testing.assert_allclose(average, first + (1 - 2 / 11) * (now - first), rtol=1e-5, atol=1e-7)
+    for first, now, ema in zip(*map(jax.tree.leaves, (before, state.parameters, state.ema)), strict=True):
+        np.testing.assert_allclose(ema, first + (1 - 2 / 11) * (now - first), rtol=1e-5, atol=1e-7)
 
 
-def test_average_moves_when_the_optimizer_does_and_not_at_every_batch():
+def test_ema_moves_when_the_optimizer_does_and_not_at_every_batch():
     trainer = made(replace(CONFIG, optimizer=replace(CONFIG.optimizer, accumulate=2)))
     state, accepted = trainer.start(), jax.jit(trainer._accepted, compiler_options=QUICKLY)
     moved = jax.tree.map(lambda leaf: leaf + 1, state.parameters)
@@ -184,8 +185,8 @@ def test_average_moves_when_the_optimizer_does_and_not_at_every_batch():
         before, after = (state.optimizer._replace(gradient_step=jnp.int32(n)) for n in (updates_before, updates_after))
         now = replace(state, optimizer=before)
         found, _ = accepted(now, now, moved, after, state.random_counts, {"total": jnp.float32(1)})
-        for first, average in zip(*map(jax.tree.leaves, (state.ema, found.ema)), strict=True):
-            np.testing.assert_allclose(average, first + share, rtol=0, atol=1e-6)
+        for first, ema in zip(*map(jax.tree.leaves, (state.ema, found.ema)), strict=True):
+            np.testing.assert_allclose(ema, first + share, rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow
