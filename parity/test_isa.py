@@ -23,7 +23,7 @@ ROWS = "float32 and (causal-3x3x3 or norm or attention or resnet or block or pos
 @pytest.mark.slow
 @pytest.mark.parametrize(("ours", "torchs"), PAIRS)
 def test_no_worse_than_torch_by_other_instructions(ours: str, torchs: str, request):
-    """Fails where a row passes on the machine it was written on only because torch rounds as badly there.
+    """Fails where a row would pass by one instruction set only because torch rounds as badly there.
 
     A long plain float32 sum of ours breaks it: torch's is as inaccurate with some instructions and not with others.
     """

@@ -28,7 +28,7 @@ from flax_vae.ops.precision import accumulation_dtype
 from flax_vae.ops.window import Window
 
 MIN_MULTIPLICATIONS = 10_000_000  # of a convolution; below, another lowering saves less time than compiling it costs
-MAX_SPLIT_MULTIPLICATIONS = 2_000_000  # of a convolution; up to these, partial sums cost less than a millisecond
+MAX_SPLIT_MULTIPLICATIONS = 2_000_000  # of a convolution; up to these, partial sums cost at most milliseconds
 MAX_PARTS = 8  # partial sums of an output: each is a call of Eigen
 
 

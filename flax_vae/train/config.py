@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from flax_vae.models.config import VAEConfig
+if TYPE_CHECKING:  # the command line reads this file before anything heavy is loaded
+    from flax_vae.models.config import VAEConfig
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -170,7 +171,7 @@ RENAMED_SETTINGS = {"spread": "init_std"}
 RENAMED_MODELS = {"full": "pyramid-flow", "small": "pyramid-flow-small", "tiny": "pyramid-flow-tiny"}
 
 
-def check(config: TrainConfig, model: VAEConfig) -> None:
+def check(config: TrainConfig, model: "VAEConfig") -> None:
     """Raises ValueError that lists all settings that a run of this model cannot have."""
     values = {name: attrgetter(name)(config) for name, *_ in RULES}
     wrong = [f"{name} is {values[name]}, expected {rule}" for name, rule, holds in RULES if not holds(values[name])]
