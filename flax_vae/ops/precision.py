@@ -13,18 +13,20 @@ def accumulation_dtype(x: Array) -> np.dtype:
 
 
 def add_bias(y: Array, bias: Array) -> Array:
-    """Adds a bias (C) to (B, T, H, W, C) in float32 or better, in which its gradient is summed too."""
+    """Adds a bias (C) to (B, T, H, W, C) or (..., C) in float32 or better, in which its gradient is summed too."""
     bias = bias.astype(accumulation_dtype(y))
     return (y.astype(bias.dtype) + per_frame(bias, y)).astype(y.dtype)
 
 
 def per_frame(parameter: Array, clip: Array) -> Array:
-    """Repeats a parameter (C) for each frame of a clip (B, T, H, W, C): (B, T, 1, 1, C).
+    """Repeats a parameter (C) for each frame of a clip (B, T, H, W, C): (B, T, 1, 1, C); of fewer axes, the first two.
 
     Its gradient is the sum over the pixels of each frame, then over frames. Sums of sums round less than one long sum,
     which XLA makes of the two unless a barrier is between them.
     """
-    return schedule.gradients_together(jnp.broadcast_to(parameter, (*clip.shape[:2], 1, 1, *parameter.shape)))
+    kept = min(2, clip.ndim - 1)
+    shape = (*clip.shape[:kept], *(1,) * (clip.ndim - 1 - kept), *parameter.shape)
+    return schedule.gradients_together(jnp.broadcast_to(parameter, shape))
 
 
 def mean(values: Array, axes: int | None = None) -> Array:

@@ -191,7 +191,7 @@ def test_what_processes_read_is_the_batch_of_one(clips, parts):
 
 
 @pytest.mark.parametrize(("rows", "processes"), [(2, 2), (6, 2), (8, 4)])
-def test_every_process_has_a_part_of_its_own_of_the_clips(rows, processes, monkeypatch):
+def test_every_process_has_a_part_of_its_own_of_the_clips(rows, processes, monkeypatch, unchecked):
     owners = [row * processes // rows for row in range(rows)]
     devices = np.array([[SimpleNamespace(process_index=owner)] * 2 for owner in owners]).reshape(rows, 1, 2, 1)
     mesh = SimpleNamespace(devices=devices, shape={"data": rows, "height": 2})
