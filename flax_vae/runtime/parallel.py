@@ -106,7 +106,7 @@ def split_parts(clip: Any, mesh: Mesh | None) -> Parts:
 def run_parts(module: nnx.Module, step: Step, parts: Parts, mesh: Mesh | None, chunk: int | None = None) -> Parts:
     """Returns what `step(module, clip, None)` returns, in parts, for the parts of a clip; inside a jit.
 
-    With `chunk`, for which time must not be sharded, so many frames are computed at a time.
+    With `chunk`, that many frames are computed at a time; time must not be sharded then.
     """
     if chunk is not None:
         return (scan_chunks(module, step, parts[0], chunk)[0],)

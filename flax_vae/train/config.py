@@ -20,7 +20,7 @@ class ClipConfig:
     size: int = 256
     """height and width in pixels, a multiple of what a latent spans: a clip is scaled to cover it, and cropped"""
     zoom: float = 1.0
-    """a clip is scaled up to so many times larger than that, at random, but not beyond its own size"""
+    """a clip is scaled up to this many times larger, at random, but not beyond its own size"""
     fps: float | None = None
     """frames per second of the clips drawn; None takes every frame"""
     batch: int = 8

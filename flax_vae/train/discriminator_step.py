@@ -51,8 +51,7 @@ class DiscriminatorStep:
 
     def generator_loss(self, parameters: Any, output: Parts) -> tuple[Array, Parts]:
         """Returns the VAE's loss against the discriminator, and its gradient by the reconstruction."""
-        loss = lambda output: losses.averaged(losses.hinge_generator, self.logits(parameters, output))  # noqa: E731
-        return jax.value_and_grad(loss)(output)
+        return jax.value_and_grad(lambda x: losses.averaged(losses.hinge_generator, self.logits(parameters, x)))(output)
 
     def update(self, state: Any, output: Parts, video: Parts) -> tuple[Any, dict[str, Array]]:
         """Returns the `TrainState` with the discriminator after its step, and its metrics."""
