@@ -5,30 +5,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Options:
-    """How a job reads its clips and computes.
+    """How a job reads its clips and computes; ValueError where `memory` is no amount of memory."""
 
-    Attributes:
-      size: pixels: the short side as "256", or height x width as "288x512"; None is the clip's own, at most 256.
-      frames: reads at most N frames.
-      memory: stays within it, as "4GiB"; None is a share of the device's.
-      mesh: devices that share the work, as "height=2,width=2"; None is one device.
-      precision: dtype of weights and activations, "float32" or "bfloat16".
-      frame_by_frame: computes each block one frame after the other, in less memory.
-      lossy_tiles: computes frames in blended tiles, which changes the results.
-      resume: goes on with a job that was stopped.
-
-    Raises:
-      ValueError: `memory` is no amount of memory.
-    """
-
-    size: str | None = None
-    frames: int | None = None
-    memory: str | None = None
-    mesh: str | None = None
-    precision: str = "float32"
-    frame_by_frame: bool = False
-    lossy_tiles: bool = False
-    resume: bool = False
+    size: str | None = None  # pixels, "256" for the short side or "288x512"; None is the clip's own, at most 256
+    frames: int | None = None  # to read at most
+    memory: str | None = None  # to stay within, as "4GiB"; None is a share of the device's
+    mesh: str | None = None  # devices that share the work, as "height=2,width=2"; None is one device
+    precision: str = "float32"  # dtype of weights and activations, or "bfloat16"
+    frame_by_frame: bool = False  # compute each block one frame after the other, in less memory
+    lossy_tiles: bool = False  # compute frames in blended tiles, which changes the results
+    resume: bool = False  # go on with a job that was stopped
 
     def __post_init__(self):
         if self.memory is not None:
