@@ -13,8 +13,8 @@ pytest.importorskip("torch", reason="parity compares with torch")
 import torch
 
 SETS = ("DEFAULT", "AVX2", "AVX512")  # as torch names them, each part of the next
-XLA = dict(zip(SETS, ("SSE4_2", "AVX2", "AVX512"), strict=True))
-ONEDNN = dict(zip(SETS, ("SSE41", "AVX2", "AVX512_CORE"), strict=True))
+XLA: dict[str, str] = dict(zip(SETS, ("SSE4_2", "AVX2", "AVX512"), strict=True))
+ONEDNN: dict[str, str] = dict(zip(SETS, ("SSE41", "AVX2", "AVX512_CORE"), strict=True))
 PAIRS = [("DEFAULT", "DEFAULT"), ("AVX2", "AVX512")]  # ours, torch's
 # Layers of many sums, and their gradients; what pads, cuts or scales is the same by any instructions.
 ROWS = "float32 and (causal-3x3x3 or norm or attention or resnet or block or posterior)"

@@ -1,6 +1,6 @@
 """The public face: what `import flax_vae` offers, to people and to type checkers."""
 
-import importlib
+import importlib.util
 import json
 import shutil
 import subprocess

@@ -22,6 +22,8 @@ EXTRAS = {
     "orbax": "train",
     "optax": "train",
     "libtpu": "tpu",
+    "rich": "cli",
+    "tyro": "cli",
 }
 SUMMARY = """Causal video VAEs in JAX: port a torch checkpoint, encode and decode video, measure what is lost, train.
 

@@ -1,6 +1,5 @@
 """Checkpoints of a training run, each complete or absent; the newest ones and the best are kept."""
 
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,8 @@ from typing import Any, Literal
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from flax_vae.io.files import read_json
 
 CHECKPOINTS = "checkpoints"  # in the folder of a run
 QUALITY, STATE = "psnr", "state"
@@ -90,7 +91,7 @@ def restore_part(folder: Path, part: Any, step: Literal["newest", "best"] | int)
 def qualities_in(folder: Path) -> dict[int, float]:
     """Returns the PSNR of each complete checkpoint by its step; only the folders of these have a number for a name."""
     steps = sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
-    return {step: json.loads((folder / str(step) / "metrics" / "metrics").read_text())[QUALITY] for step in steps}
+    return {step: read_json(folder / str(step) / "metrics" / "metrics")[QUALITY] for step in steps}
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 
-from flax_vae.io.files import replacing
+from flax_vae.io.files import read_json, replacing
 from flax_vae.io.manifest import whole_lines
 from flax_vae.io.pixels import to_uint8
 from flax_vae.io.video_reader import read_clip
@@ -95,10 +95,10 @@ def read_history(folder: Path) -> History:
             metrics["psnr"] = 10 * np.log10(4 / metrics["mse"])
     return History(
         name=folder.absolute().name,
-        config=json.loads(config.read_text(encoding="utf-8")) if config.exists() else {},
+        config=read_json(config) if config.exists() else {},
         metrics=metrics,
         snapshots=[
-            Snapshot(**json.loads(path.read_text(encoding="utf-8")), path=path.with_suffix(".png"))
+            Snapshot(**read_json(path), path=path.with_suffix(".png"))
             for path in sorted((folder / FRAMES).glob("*.json"))
         ],
     )

@@ -55,7 +55,7 @@ def vae(randomized):
 def quick(monkeypatch):
     """Has chunks that no other program is around compiled fast."""
     monkeypatch.setattr(
-        chunks, "_run", jax.jit(chunks._run.__wrapped__, static_argnums=(0, 1, 2), compiler_options=FAST)
+        chunks, "_scan", jax.jit(chunks._scan.__wrapped__, static_argnums=(0, 1, 2), compiler_options=FAST)
     )
 
 
