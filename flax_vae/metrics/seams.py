@@ -18,12 +18,12 @@ SEAM = (
 )
 
 
-def by_frame(clips: Sequence[Sequence[float]]) -> list[float]:
+def by_frame(clips: Sequence[Sequence[float] | np.ndarray]) -> list[float]:
     """Returns the mean of each frame number, over the clips that are long enough."""
     return [float(np.mean([clip[i] for clip in clips if i < len(clip)])) for i in range(max(map(len, clips)))]
 
 
-def by_position(clips: Sequence[Sequence[float]], chunk: int) -> list[float | None]:
+def by_position(clips: Sequence[Sequence[float] | np.ndarray], chunk: int) -> list[float | None]:
     """Returns the mean of each position in a chunk of `chunk` frames, None where no clip has it.
 
     The first frame of a clip, a chunk of its own, is left out.
@@ -57,7 +57,7 @@ class Seam:
         return {"score": self.score, "standard_error": self.error, **asdict(self)}
 
 
-def seam(clips: Sequence[Sequence[float]], chunk: int, factor: int) -> Seam | None:
+def seam(clips: Sequence[Sequence[float] | np.ndarray], chunk: int, factor: int) -> Seam | None:
     """Compares the PSNR of frames at the borders of chunks with that of frames inside, as `SEAM` says.
 
     Args:

@@ -1,7 +1,7 @@
 """What every family of the registry promises, with its smallest preset."""
 
 from operator import attrgetter
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,14 @@ from flax_vae.models.vae import VideoVAE
 SMALLEST = [name for name in preset_names() if name.endswith("-tiny")]
 
 
-def built(config):
+def model_of(config) -> Any:
+    """Returns the class, which every family calls as (config, rngs=)."""
+    return family_of(config)
+
+
+def built(config) -> VideoVAE:
     """Builds a model with random weights."""
-    return family_of(config)(config, rngs=nnx.Rngs(0))
+    return model_of(config)(config, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -71,7 +76,7 @@ def test_config_tells_the_shapes(name):
 @pytest.mark.parametrize("name", SMALLEST)
 def test_chunks_and_executions_give_the_whole_clip(name, randomized, jit, noise, float64):
     config = preset(name)
-    vae = randomized(lambda rngs: family_of(config)(config, rngs=rngs))
+    vae = randomized(lambda rngs: model_of(config)(config, rngs=rngs))
     side = 2 * config.spatial_factor
     clip = noise((1, config.pixel_frames(3), side, side, config.pixel_channels))
     whole = jit(lambda vae, x: vae.decode(vae.encode(x).mean), vae)(clip)

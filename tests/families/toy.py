@@ -18,8 +18,11 @@ class ToyVAEConfig(VAEConfig):
     class_name: ClassVar[str] = "ToyVAE"
     z_dim: int = 2
     pixel_channels = 3
-    latent_channels = property(lambda self: self.z_dim)
     temporal_factor = spatial_factor = 2
+
+    @property
+    def latent_channels(self) -> int:
+        return self.z_dim
 
 
 class Encoder(Coder):

@@ -58,7 +58,7 @@ def same(found: dict, expected: dict) -> bool:
     return found.keys() == expected.keys() and all(np.array_equal(found[key], expected[key]) for key in expected)
 
 
-def refusal(path, kind=ValueError) -> str:
+def refusal(path, kind: type[Exception] = ValueError) -> str:
     before = sorted(Path(path).parent.rglob("*"))
     with pytest.raises(kind) as caught:
         read(path)

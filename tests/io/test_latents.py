@@ -6,6 +6,7 @@ import os
 import re
 import struct
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,10 +39,13 @@ def rewrite(path, metadata=(), **arrays):
     """Writes a file anew with other metadata or arrays; a value of None leaves an entry out."""
     data = path.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
-    texts = json.loads(data[8 : 8 + length])["__metadata__"] | dict(metadata)
-    held = load_file(path) | arrays
-    texts, held = ({key: value for key, value in entries.items() if value is not None} for entries in (texts, held))
+    texts = present(json.loads(data[8 : 8 + length])["__metadata__"] | dict(metadata))
+    held = present(load_file(path) | arrays)
     save_file(held, path, texts)
+
+
+def present(entries) -> dict[str, Any]:
+    return {key: value for key, value in entries.items() if value is not None}
 
 
 def test_a_folder_of_files_is_read_as_one_clip_to_the_last_bit(tmp_path):

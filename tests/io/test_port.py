@@ -1,5 +1,6 @@
 """The port: torch's names and axis orders, a bijection or an error that lists everything, bit for bit both ways."""
 
+import math
 import re
 from typing import ClassVar
 
@@ -114,7 +115,7 @@ def test_loaded_linear_and_norm_compute_what_torchs_do():
 def test_round_trip_keeps_every_bit(make, dtype):
     generator = np.random.default_rng(0)
     shapes = port.named_tensors(make()).shapes()
-    bits = {key: generator.bytes(np.prod(shape) * np.dtype(dtype).itemsize) for key, (shape, _) in shapes.items()}
+    bits = {key: generator.bytes(math.prod(shape) * np.dtype(dtype).itemsize) for key, (shape, _) in shapes.items()}
     before = {key: np.frombuffer(bits[key], dtype).reshape(shapes[key][0]) for key in bits}  # NaNs and subnormals too
     with jax.enable_x64(dtype == "float64"):
         module = nnx.eval_shape(make)
@@ -279,7 +280,7 @@ def test_every_layout_round_trips_to_the_bit(layout, wrapper):
     ours = {key: parameter.torch_shape for key, parameter in port.parameters(module).items()}
     generator = np.random.default_rng(0)
     before = {
-        key: np.frombuffer(generator.bytes(4 * np.prod(shape)), np.float32).reshape(shape)
+        key: np.frombuffer(generator.bytes(4 * math.prod(shape)), np.float32).reshape(shape)
         for key, shape in ours.items()
     }
     stored = {wrapper + rename(key): array for key, array in before.items()}
@@ -360,7 +361,9 @@ def test_random_state_of_an_abstract_module_gets_values_of_its_own():
 
     module = nnx.eval_shape(Two)
     port.load(module, port.Arrays(random_tensors(Two())))
-    first, second = module.first.dropout.rngs, module.second.dropout.rngs
+    first, second = (resnet.dropout.rngs for resnet in (module.first, module.second))
+    assert first is not None
+    assert second is not None
     assert int(first.count[...]) == 0
     assert not jnp.array_equal(jax.random.key_data(first.key[...]), jax.random.key_data(second.key[...]))
     x = jnp.ones((8, 8))

@@ -12,7 +12,7 @@ av = pytest.importorskip("av", reason="video needs PyAV: pip install av")
 join = pytest.importorskip("flax_vae.io.video_join", reason="video needs PyAV: pip install av").join
 
 NTSC = Fraction(30000, 1001)
-RATE, SIZE = 48000, (32, 48)
+FPS, RATE, SIZE = Fraction(25), 48000, (32, 48)
 FORMATS = {  # of sound: sample format, and how many samples a packet has
     "aac": ("fltp", 1024),
     "libmp3lame": ("fltp", 1152),
@@ -156,7 +156,7 @@ def test_pieces_of_b_frames_are_decoded_in_an_order_that_players_take(tmp_path):
 def test_sound_of_any_kind_is_as_long_and_in_time_with_the_pictures(tmp_path, suffix, source, codec):
     path = write_source(tmp_path / source, codec)
     out = tmp_path / f"out{suffix}"
-    join(out, write_pieces(tmp_path, timed_clip(), (9, 8, 8, 8, 8, 8, 8, 3), 25), Fraction(25), path)
+    join(out, write_pieces(tmp_path, timed_clip(), (9, 8, 8, 8, 8, 8, 8, 3), FPS), FPS, path)
     assert probe(out).frames in (60, None)
     assert len(probe(out).sound) == 1
     packet = FORMATS[codec][1] / RATE
@@ -178,7 +178,7 @@ def test_sound_stays_in_time_where_it_starts_earlier_or_later_than_the_pictures(
     if delay < 0:
         path = delayed_sound(path, tmp_path / f"later_{source}", -delay)
     out = tmp_path / f"out{suffix}"
-    join(out, write_pieces(tmp_path, timed_clip(), (33, 27), 25), Fraction(25), path)
+    join(out, write_pieces(tmp_path, timed_clip(), (33, 27), FPS), FPS, path)
     (click, *_), (flash, _) = hear(path), see(path)
     (after, *_), (shown, _) = hear(out), see(out)
     assert abs((after - shown) - (click - flash)) < 0.003
@@ -203,7 +203,7 @@ def delayed_sound(source, path, seconds):
 @pytest.mark.parametrize(("source", "codec"), [("source.mp4", "aac"), ("source.mkv", "pcm_s16le")])
 def test_sound_ends_with_the_pictures(tmp_path, suffix, source, codec):
     path, out = write_source(tmp_path / source, codec, frames=250, flash=7), tmp_path / f"out{suffix}"
-    join(out, write_pieces(tmp_path, timed_clip(18, 7), (9, 9), 25), Fraction(25), path)
+    join(out, write_pieces(tmp_path, timed_clip(18, 7), (9, 9), FPS), FPS, path)
     click, kept, _ = hear(out)
     assert abs(click - see(out)[0]) < 0.003
     assert abs(kept - 18 / 25) < 2 * 1024 / RATE  # one that begins before the end, and in .mkv one before the start
@@ -213,7 +213,7 @@ def test_what_comes_after_the_end_of_the_pictures_is_not_read(tmp_path):
     path, out = write_source(tmp_path / "source.mkv", "mp2", frames=1000, flash=7), tmp_path / "out.mp4"
     whole = path.stat().st_size
     path.write_bytes(path.read_bytes()[: whole // 2] + bytes(whole // 2))  # damaged where nobody looks
-    join(out, write_pieces(tmp_path, timed_clip(18, 7), (9, 9), 25), Fraction(25), path)
+    join(out, write_pieces(tmp_path, timed_clip(18, 7), (9, 9), FPS), FPS, path)
     assert abs(hear(out)[1] - 18 / 25) < 1024 / RATE + 0.003
 
 
@@ -221,7 +221,7 @@ def test_what_comes_after_the_end_of_the_pictures_is_not_read(tmp_path):
 @pytest.mark.parametrize("codec", ["aac", "pcm_s16le"])
 def test_every_track_is_kept(tmp_path, suffix, codec):
     path, out = write_source(tmp_path / "source.mov", codec, tracks=2), tmp_path / f"out{suffix}"
-    join(out, write_pieces(tmp_path, timed_clip(), (60,), 25), Fraction(25), path)
+    join(out, write_pieces(tmp_path, timed_clip(), (60,), FPS), FPS, path)
     assert len(probe(out).sound) == 2
     for track in (0, 1):
         assert abs(hear(out, track)[0] - see(out)[0] - (hear(path, track)[0] - see(path)[0])) < 0.003
@@ -229,7 +229,7 @@ def test_every_track_is_kept(tmp_path, suffix, codec):
 
 def test_sound_that_players_know_is_not_compressed_anew(tmp_path):
     path = write_source(tmp_path / "source.mp4", "aac")
-    join(tmp_path / "out.mp4", write_pieces(tmp_path, timed_clip(), (33, 27), 25), Fraction(25), path)
+    join(tmp_path / "out.mp4", write_pieces(tmp_path, timed_clip(), (33, 27), FPS), FPS, path)
 
     def packets(path):
         with av.open(str(path)) as container:
@@ -239,7 +239,7 @@ def test_sound_that_players_know_is_not_compressed_anew(tmp_path):
 
 
 def test_a_file_without_sound_gives_none(tmp_path):
-    (path,) = write_pieces(tmp_path, timed_clip(), (60,), 25)
+    (path,) = write_pieces(tmp_path, timed_clip(), (60,), FPS)
     join(tmp_path / "out.mp4", [path], Fraction(25), path)
     assert probe(tmp_path / "out.mp4").sound == ()
 
@@ -258,7 +258,7 @@ def test_sound_that_does_not_decode_is_an_error_that_names_it_and_leaves_no_file
     path = write_source(tmp_path / "source.mkv", "mp2")
     spoil_sound(path)
     with pytest.raises(ValueError, match=r"source\.mkv: its sound cannot be read"):
-        join(tmp_path / "out.mp4", write_pieces(tmp_path, timed_clip(), (60,), 25), Fraction(25), path)
+        join(tmp_path / "out.mp4", write_pieces(tmp_path, timed_clip(), (60,), FPS), FPS, path)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["piece0.mp4", "source.mkv"]
 
 
@@ -267,7 +267,7 @@ def test_sound_of_an_unknown_kind_is_an_error_that_names_it(tmp_path):
     path.write_bytes(path.read_bytes().replace(b"sowt", b"zzzz"))
     assert probe(path).sound == ("unknown",)
     with pytest.raises(ValueError, match=r"source\.mov.* no decoder for its sound"):
-        join(tmp_path / "out.mp4", write_pieces(tmp_path, timed_clip(), (60,), 25), Fraction(25), path)
+        join(tmp_path / "out.mp4", write_pieces(tmp_path, timed_clip(), (60,), FPS), FPS, path)
 
 
 @pytest.mark.parametrize("other", [(40, 48), (32, 64)])
@@ -291,7 +291,7 @@ def test_a_failure_keeps_the_old_file(tmp_path):
 
 def test_joining_twice_gives_the_same_bytes(tmp_path):
     path = write_source(tmp_path / "source.mkv", "pcm_s16le")
-    pieces = write_pieces(tmp_path, timed_clip(), (33, 27), 25)
+    pieces = write_pieces(tmp_path, timed_clip(), (33, 27), FPS)
     for name in ("one.mp4", "two.mp4"):
         join(tmp_path / name, pieces, Fraction(25), path)
     assert (tmp_path / "one.mp4").read_bytes() == (tmp_path / "two.mp4").read_bytes()

@@ -14,6 +14,7 @@ from flax_vae.layers.conv import CausalConv3d
 from flax_vae.layers.resnet import CausalResnetBlock
 from flax_vae.layers.scan import scan_chunks
 from flax_vae.layers.sequence import Execution, run_layers
+from tests.compiled import memory
 from tests.little import CONFIG
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -48,8 +49,8 @@ def gradient_step(vae, x, loss=loss):
         return loss(vae, x), nnx.state(vae, nnx.RngCount)
 
     step = jax.jit(jax.value_and_grad(run, argnums=(0, 1), has_aux=True))
-    program = step.lower(parameters, x, state).compile(compiler_options={"xla_backend_optimization_level": 0})
-    return program.memory_analysis().temp_size_in_bytes, program(parameters, x, state)
+    program = step.lower(parameters, x, state).compile(compiler_options={"xla_backend_optimization_level": "0"})
+    return memory(program).temp_size_in_bytes, program(parameters, x, state)
 
 
 def check_equal(results, expected):

@@ -6,6 +6,7 @@ The network is uneven and small: space and time are halved twice, the encoder in
 
 import dataclasses
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -233,7 +234,7 @@ def test_bfloat16_weights_compute_in_bfloat16(vae, noise, jit):
 
 def test_every_block_has_the_dropout_the_config_says():
     config = dataclasses.replace(CONFIG, encoder_block_dropout=(0.1, 0.2), decoder_block_dropout=(0.3, 0.4, 0.5))
-    vae = nnx.eval_shape(lambda: build(config)(nnx.Rngs(0)))
+    vae: Any = nnx.eval_shape(lambda: build(config)(nnx.Rngs(0)))
     down, up = vae.encoder.down_blocks, vae.decoder.up_blocks
     assert [[resnet.dropout.rate for resnet in block.resnets] for block in down] == [[0.1, 0.1], [0.2]]
     assert [[resnet.dropout.rate for resnet in block.resnets] for block in up] == [[0.3], [0.4], [0.5, 0.5]]

@@ -1,6 +1,7 @@
 """All ways of computing a convolution give the same, and so do the gradients of their gradients."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flax_vae.layers.conv import CausalConv3d
-from flax_vae.ops import per_frame, winograd
-from flax_vae.ops.lowering import _lowered, convolve, kernel_gradient
+from flax_vae.ops import lowering, per_frame, winograd
 from flax_vae.ops.window import Window, lowered
 
+convolve: Any = lowering.convolve  # types do not see through jax.custom_vjp
+kernel_gradient: Any = lowering.kernel_gradient
 CAUSAL = ((2, 0), (1, 1), (1, 1))
-CASES = {
+CASES: dict[str, Any] = {
     "causal": ((3, 3, 3), (1, 1, 1), CAUSAL, (1, 1, 1)),
     "carried": ((3, 3, 3), (1, 1, 1), ((0, 0), (1, 1), (1, 1)), (1, 1, 1)),
     "before-the-end": ((3, 3, 3), (1, 1, 1), ((0, 2), (1, 1), (1, 0)), (1, 1, 1)),
@@ -35,7 +37,7 @@ def drawn(*shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(sum(shape)).standard_normal(shape), jnp.float32)
 
 
-def gradients(window: Window, x: jax.Array, kernel: jax.Array):
+def gradients(window: Window, x: jax.Array, kernel: jax.Array) -> Any:
     """Gives the output, its gradients, and the gradients of those."""
     y, pull = jax.vjp(lambda *inputs: convolve(*inputs, window), x, kernel)
     dy = drawn(*y.shape)
@@ -91,7 +93,7 @@ def test_frames_are_lowered_by_2d_convolutions_and_matmuls():
     ("kernel", "window"),
     [
         ((3, 3, 3, 2, 4), Window((1, 1, 1), CAUSAL, groups=2, lowering="per_frame")),
-        ((1, 1, 1, 4, 4), Window((1, 2, 2), ((0, 0),) * 3, lowering="per_frame")),
+        ((1, 1, 1, 4, 4), Window((1, 2, 2), ((0, 0), (0, 0), (0, 0)), lowering="per_frame")),
         ((3, 3, 3, 4, 4), Window((1, 2, 2), CAUSAL, (1, 2, 2), lowering="per_frame")),
         ((9, 3, 3, 4, 4), Window((1, 1, 1), ((0, 0), (1, 1), (1, 1)), lowering="per_frame")),
     ],
@@ -112,7 +114,7 @@ def test_what_does_not_suit_frames_is_left_to_xla(kernel, window):
     padding=st.tuples(*[st.tuples(st.integers(0, 4), st.integers(0, 4))] * 3),
     dilation=st.tuples(*[st.integers(1, 3)] * 3),
 )
-def test_shapes_of_any_window(size, kernel, stride, padding, dilation):
+def test_shapes_of_any_window(size: Any, kernel: Any, stride: Any, padding: Any, dilation: Any):
     window = Window(stride, padding, dilation, lowering="per_frame")
     x, weights = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32), jax.ShapeDtypeStruct((*kernel, 3, 4), jnp.float32)
     y, gradients = jax.eval_shape(
@@ -231,8 +233,9 @@ def test_what_each_platform_computes_as_images(platform, kernel, axes):
 
 def test_gradients_that_are_not_jitted_are_compiled_once():
     window, x, kernel = Window((1, 1, 1), CAUSAL), drawn(1, 4, 5, 6, 3), drawn(3, 3, 3, 3, 2)
+    program: Any = lowering._lowered
     compiled = []
     for _ in range(2):
         jax.grad(lambda *pair: convolve(*pair, window).sum(), (0, 1))(x, kernel)
-        compiled.append(_lowered._cache_size())
+        compiled.append(program._cache_size())
     assert compiled[0] == compiled[1] > 0

@@ -9,13 +9,14 @@ from flax_vae.layers.norm import CausalGroupNorm
 from flax_vae.layers.resnet import norm_silu_conv
 from flax_vae.ops import winograd
 from flax_vae.ops.schedule import materialize_on_cpu
+from tests.compiled import memory
 
 
 def test_what_a_carry_is_cut_from_is_computed_once(randomized):
     layers = randomized(lambda rngs: nnx.List([CausalGroupNorm(4, 16, rngs=rngs), CausalConv3d(16, 16, 3, rngs=rngs)]))
     x = jax.ShapeDtypeStruct((1, 17, 32, 32, 16), "float32")
     with_carry, without = (
-        jax.jit(run).lower(x).compile().memory_analysis()
+        memory(jax.jit(run).lower(x).compile())
         for run in (
             lambda x: norm_silu_conv(tuple(layers), x, None),
             lambda x: norm_silu_conv(tuple(layers), x, None)[0],
@@ -34,7 +35,7 @@ def test_winograds_products_share_no_clip_of_zeros_that_each_copies():
                 x = winograd.convolve(x, kernel, ((1, 1), (1, 1)))
             return x
 
-        return jax.jit(chain).lower(x, kernel).compile().memory_analysis().temp_size_in_bytes
+        return memory(jax.jit(chain).lower(x, kernel).compile()).temp_size_in_bytes
 
     assert temporaries(2) < temporaries(1) + 0.2 * x.size * x.dtype.itemsize
 

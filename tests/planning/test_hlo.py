@@ -10,6 +10,7 @@ import pytest
 
 from flax_vae.planning.hlo import Collective, program
 from flax_vae.planning.hlo_text import parse, stored
+from tests.compiled import text
 
 MATRIX = 2 * 64 * 32 * 32  # flops of x @ w
 
@@ -30,13 +31,13 @@ def conv(x, kernel, stride=1, padding=((2, 0), (1, 1), (1, 1)), groups=1):
 
 
 def test_loop_counts_as_often_as_it_runs():
-    text = compiled(lambda x, w: times(x, w, 7), (64, 32), (32, 32)).as_text()
-    assert program(text).flops == 7 * MATRIX
+    hlo = text(compiled(lambda x, w: times(x, w, 7), (64, 32), (32, 32)))
+    assert program(hlo).flops == 7 * MATRIX
 
 
 def test_loop_whose_turns_are_not_told_counts_once_and_says_so():
-    text = compiled(lambda x, w: times(x, w, 7), (64, 32), (32, 32)).as_text()
-    unknown = re.sub(r'"known_trip_count":\{"n":"7"\},?', "", text)
+    hlo = text(compiled(lambda x, w: times(x, w, 7), (64, 32), (32, 32)))
+    unknown = re.sub(r'"known_trip_count":\{"n":"7"\},?', "", hlo)
     assert program(unknown).flops == 7 * MATRIX  # from the number in the condition
     unknown = re.sub(r"constant\(7\)", "parameter(1)", unknown)
     assert (program(unknown).flops, program(unknown).endless) == (MATRIX, 1)
@@ -46,30 +47,30 @@ def test_loops_in_loops_multiply():
     def nested(x, ws):
         return jax.lax.scan(lambda x, w: (times(x, w, 3), None), x, ws)[0]
 
-    text = compiled(nested, (64, 32), (5, 32, 32)).as_text()
-    assert program(text).flops == 15 * MATRIX
+    hlo = text(compiled(nested, (64, 32), (5, 32, 32)))
+    assert program(hlo).flops == 15 * MATRIX
 
 
 def test_loop_reads_of_a_stack_only_the_slice_of_each_turn():
     def sums(x, stack):
         return jax.lax.scan(lambda x, row: (jnp.tanh(x + row), None), x, stack)[0]
 
-    text = compiled(sums, (1000,), (50, 1000)).as_text()
+    hlo = text(compiled(sums, (1000,), (50, 1000)))
     stack = 50 * 1000 * 4
-    assert stack < program(text).bytes < 8 * stack  # with the whole stack each turn, it would be 50 times
+    assert stack < program(hlo).bytes < 8 * stack  # with the whole stack each turn, it would be 50 times
 
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_convolution_counts_products_with_real_inputs_alone(padded):
     padding = ((2, 0), (1, 1), (1, 1)) if padded else ((0, 0), (0, 0), (0, 0))
-    text = compiled(lambda x, k: conv(x, k, padding=padding), (1, 5, 16, 16, 8), (3, 3, 3, 8, 16)).as_text()
+    hlo = text(compiled(lambda x, k: conv(x, k, padding=padding), (1, 5, 16, 16, 8), (3, 3, 3, 8, 16)))
     pairs = (3 * 5 - 3) * (3 * 16 - 2) ** 2 if padded else (3 * 3) * (3 * 14) ** 2
-    assert program(text).flops == 2 * 8 * 16 * pairs
+    assert program(hlo).flops == 2 * 8 * 16 * pairs
 
 
 def test_convolution_in_groups_has_fewer_products():
-    text = compiled(lambda x, k: conv(x, k, groups=4), (1, 5, 16, 16, 8), (3, 3, 3, 2, 16)).as_text()
-    assert program(text).flops == 2 * 2 * 16 * (3 * 5 - 3) * (3 * 16 - 2) ** 2
+    hlo = text(compiled(lambda x, k: conv(x, k, groups=4), (1, 5, 16, 16, 8), (3, 3, 3, 2, 16)))
+    assert program(hlo).flops == 2 * 2 * 16 * (3 * 5 - 3) * (3 * 16 - 2) ** 2
 
 
 def test_gradient_by_inputs_and_kernel_takes_twice_the_products_of_a_strided_convolution():
@@ -78,13 +79,13 @@ def test_gradient_by_inputs_and_kernel_takes_twice_the_products_of_a_strided_con
 
     shapes = (2, 5, 16, 16, 8), (3, 3, 3, 8, 16)
     gradient = compiled(jax.grad(lambda x, k: (conv(x, k, 2) ** 2).sum(), (0, 1)), *shapes)
-    forward = program(compiled(loss, *shapes).as_text()).flops
-    assert program(gradient.as_text()).flops == pytest.approx(3 * forward)
+    forward = program(text(compiled(loss, *shapes))).flops
+    assert program(text(gradient)).flops == pytest.approx(3 * forward)
 
 
 def test_program_without_loops_moves_the_bytes_that_xla_counts():
     built = compiled(conv, (1, 5, 16, 16, 8), (3, 3, 3, 8, 16))
-    assert program(built.as_text()).bytes == built.cost_analysis()["bytes accessed"]
+    assert program(text(built)).bytes == (built.cost_analysis() or {})["bytes accessed"]
 
 
 EXCHANGES = """
@@ -157,7 +158,7 @@ def test_sharded_convolution_has_a_halo_of_one_row_on_both_sides_and_one_all_red
 
 
 @pytest.mark.parametrize(
-    ("text", "size", "is_near"),
+    ("shape", "size", "is_near"),
     [
         ("f32[3,5]{1,0}", 60, False),
         ("f32[3,5]{1,0:T(8,128)}", 8 * 128 * 4, False),
@@ -167,8 +168,8 @@ def test_sharded_convolution_has_a_halo_of_one_row_on_both_sides_and_one_all_red
         ("f8e4m3fn[]", 1, False),
     ],
 )
-def test_array_takes_the_bytes_of_its_tiles(text, size, is_near):
-    (array,) = stored(text)
+def test_array_takes_the_bytes_of_its_tiles(shape, size, is_near):
+    (array,) = stored(shape)
     assert (array.bytes, array.is_near) == (size, is_near)
 
 

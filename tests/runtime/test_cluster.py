@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -194,12 +195,13 @@ def test_what_processes_read_is_the_batch_of_one(clips, parts):
 def test_every_process_has_a_part_of_its_own_of_the_clips(rows, processes, monkeypatch, unchecked):
     owners = [row * processes // rows for row in range(rows)]
     devices = np.array([[SimpleNamespace(process_index=owner)] * 2 for owner in owners]).reshape(rows, 1, 2, 1)
-    mesh = SimpleNamespace(devices=devices, shape={"data": rows, "height": 2})
+    mesh: Any = SimpleNamespace(devices=devices, shape={"data": rows, "height": 2})
     for number in range(processes):
         monkeypatch.setattr("flax_vae.runtime.mesh.process", lambda number=number: (number, processes))
         assert process_share(mesh) == (number, processes)
+    mesh.devices = devices[1:]
     with pytest.raises(ValueError, match=f"clips cross from one of {processes} processes to another"):
-        process_share(SimpleNamespace(devices=devices[1:], shape=mesh.shape))
+        process_share(mesh)
 
 
 def test_what_one_process_is_asked_all_are(monkeypatch):

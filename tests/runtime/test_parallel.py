@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ from flax_vae.train.checkpoints import Checkpoints
 from flax_vae.train.config import ClipConfig, GanConfig, LossConfig, OptimizerConfig, TrainConfig
 from flax_vae.train.discriminator import CausalPatchDiscriminator, PatchDiscriminator
 from flax_vae.train.step import Trainer, sampled
+from tests.compiled import text
 from tests.little import CONFIG, ONE_BLOCK
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -239,7 +241,16 @@ def test_what_a_mesh_cannot_divide_is_refused_before_anything_is_computed(vae, c
             trainer("width=2", lpips=lpips, kind=kind)
 
 
-def trainer(text=None, model=MODEL, size=32, batch=2, fsdp=False, kind="none", regularizer="none", lpips=False):
+def trainer(
+    text=None,
+    model=MODEL,
+    size=32,
+    batch=2,
+    fsdp=False,
+    kind: Any = "none",
+    regularizer: Any = "none",
+    lpips=False,
+):
     """Returns a trainer that computes in float64, of models with random weights, on a mesh or on one device."""
     from tests.conftest import randomize
 
@@ -344,7 +355,7 @@ def test_weights_divided_among_devices_give_the_same_losses_and_gradients(expect
 def test_devices_exchange_borders_and_sums_and_no_clips(expected):
     """But for the middle block's attention, whose queries need the keys and values of all pixels of their frame."""
     training = trainer(MIXED, **FRAMES_GAN)
-    found = program(training.lower((2, 9, 64, 64), with_gan=True).compile().as_text()).exchanges
+    found = program(text(training.lower((2, 9, 64, 64), with_gan=True).compile())).exchanges
     assert {each.kind for each in found} <= {"collective-permute", "all-reduce", "all-gather"}
     assert {each.kind for each in found} >= {"collective-permute", "all-reduce"}
     pixels = 32 * 32  # of a frame of latents
@@ -361,7 +372,7 @@ def test_stacked_frames_leave_the_batch_divided(stride):
     )
     window = Window(stride, ((2, 0), (1, 1), (1, 1)), lowering="stacked")
     gradients = jax.jit(jax.grad(lambda *inputs: jnp.square(convolve(*inputs, window)).sum(), (0, 1)))
-    assert {each.kind for each in program(gradients.lower(x, kernel).compile().as_text()).exchanges} == {"all-reduce"}
+    assert {each.kind for each in program(text(gradients.lower(x, kernel).compile())).exchanges} == {"all-reduce"}
 
 
 @pytest.mark.parametrize("text", ["height=2", "width=4"])
@@ -369,7 +380,7 @@ def test_attention_in_parts_exchanges_pixels_and_no_scores(text, monkeypatch):
     monkeypatch.setattr(attention, "MAX_SCORES", 20_000)
     sharding = jax.NamedSharding(mesh_of(text), jax.P("data", "time", "height", "width"))
     x = jax.ShapeDtypeStruct((1, 1, 16, 16, 8), jnp.float32, sharding=sharding)
-    found = program(jax.jit(attention.attend, out_shardings=sharding).lower(x, x, x).compile().as_text()).exchanges
+    found = program(text(jax.jit(attention.attend, out_shardings=sharding).lower(x, x, x).compile())).exchanges
     assert {each.kind for each in found} <= {"all-gather", "all-reduce"}
     assert max(math.prod(dims) for each in found for _, dims in each.arrays) <= math.prod(x.shape)
 

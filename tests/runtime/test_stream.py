@@ -154,7 +154,8 @@ def test_streams_side_by_side_give_what_each_gives_alone(code, plans, data):
         results[i].append(next(streams[i]))
     for seed, plan in enumerate(plans):
         assert np.array_equal(joined(results[seed]), code.run(plan, seed))
-    assert not np.array_equal(*(joined(results[seed][:1])[:, :1] for seed in (0, 1)))
+    first, second = (joined(results[seed][:1])[:, :1] for seed in (0, 1))
+    assert not np.array_equal(first, second)
 
 
 @settings(max_examples=8)
@@ -290,7 +291,7 @@ def test_a_stream_of_chunks_without_frames_is_refused(vae, policy):
 @pytest.mark.usefixtures("unchecked")
 def test_another_policy_is_refused_by_name(vae):
     with pytest.raises(ValueError, match="extra_frames must be one of error, pad, trim, got 'crop'"):
-        list(stream.encode(vae, coder(vae, "encode").chunks(ONES), extra_frames="crop"))
+        list(stream.encode(vae, coder(vae, "encode").chunks(ONES), extra_frames="crop"))  # pyright: ignore[reportArgumentType]
 
 
 def test_streaming_leaves_no_state_on_the_model(code):

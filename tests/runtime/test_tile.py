@@ -22,6 +22,7 @@ from flax_vae.layers.sequence import Execution
 from flax_vae.metrics.psnr import psnr
 from flax_vae.runtime import stream
 from flax_vae.runtime.tile import LossyTiles, LossyTiling, TiledModule, in_lossy_tiles, tiles_by_shape
+from tests.compiled import memory
 
 hypothesis = pytest.importorskip("hypothesis", reason="sizes are drawn by hypothesis")
 given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
@@ -314,7 +315,7 @@ def scratch(module, function, x):
     """Returns the bytes that a compiled function of a module needs beside its input and output."""
     structure, state = nnx.split(module)
     program = jax.jit(lambda state, x: function(nnx.merge(structure, state), x)).lower(state, x).compile()
-    return program.memory_analysis().temp_size_in_bytes
+    return memory(program).temp_size_in_bytes
 
 
 @pytest.mark.parametrize(("size", "shapes"), [(56, 1), pytest.param(53, 4, marks=pytest.mark.slow)])

@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import jax
@@ -198,7 +199,8 @@ def test_pictures_and_their_quality_are_of_the_averaged_weights(config, data, tm
 def test_a_checkpoint_holds_every_field_and_the_newest_and_the_best_are_kept(tmp_path):
     def state(first):
         fields = enumerate(dataclasses.fields(TrainState), first)
-        return TrainState(**{field.name: {"kernel": jnp.arange(3) + 10 * number} for number, field in fields})
+        values: Any = {field.name: {"kernel": jnp.arange(3) + 10 * number} for number, field in fields}
+        return TrainState(**values)
 
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
     for step, quality in enumerate((20.0, 30.0, 25.0, UNKNOWN_QUALITY, 10.0)):

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,7 +69,7 @@ def history(snapshots=(), **columns):
 
 
 def at(step, quality=20.0):
-    return Snapshot(step, quality, 1, None)
+    return Snapshot(step, quality, 1, Path())
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 9), (7, 2)])
@@ -276,10 +278,11 @@ def test_a_log_scale_is_for_wide_ranges_above_zero(values, scale):
 
 def test_psnr_of_shown_clips_is_among_those_of_batches_and_skipped_steps_are_marked():
     told = history([at(0, 10), at(4, 30)], step=range(4), psnr=[9, math.nan, 12, 15], skipped=[0, 1, 0, 0])
-    axes = draw(panel("psnr"), told)
+    axes: Any = draw(panel("psnr"), told)
     points, line, shown = axes.lines
     np.testing.assert_array_equal(points.get_xydata(), [[0, 9], [2, 12], [3, 15]])
     np.testing.assert_array_equal(line.get_xydata(), [[0, 9], [2, 12], [3, 15]])
     np.testing.assert_array_equal(shown.get_xydata(), [[0, 10], [4, 30]])
-    assert [segment[0][0] for segment in axes.collections[0].get_segments()] == [1]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["training batches", "clips above"]
+    lines, legend = axes.collections[0], axes.get_legend()
+    assert [segment[0][0] for segment in lines.get_segments()] == [1]
+    assert [text.get_text() for text in legend.get_texts()] == ["training batches", "clips above"]
