@@ -153,7 +153,6 @@ PRESETS = {
     "stage2": replace(STAGE1, clips=replace(STAGE1.clips, frames=57, batch=4, images=0.0)),
 }
 
-
 COUNTS = "steps save_every keep picture_every clips.batch clips.image_batch optimizer.accumulate loss.lpips_frames"
 RULES: list[tuple[str, str, Callable[[Any], bool]]] = [  # setting, what it must be, whether it is
     *((name, "at least 1", lambda value: value >= 1) for name in [*COUNTS.split(), "clips.zoom"]),
