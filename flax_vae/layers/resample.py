@@ -1,6 +1,8 @@
 """Halving and doubling of space and of time: B batch, T frames, H W pixels, C channels."""
 
 from collections.abc import Sequence
+from functools import partial
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from flax import nnx
 from flax_vae.layers.conv import CausalConv3d, Clip, check_clip, check_start
 from flax_vae.layers.time_halo import frames_before
 from flax_vae.ops import schedule
-from flax_vae.ops.geometry import triple
+from flax_vae.ops.geometry import Triple, triple
 from flax_vae.ops.precision import accumulation_dtype
 
 
@@ -73,25 +75,36 @@ def window_counts(size: int, kernel: int, stride: int, padding: int, ceil_mode: 
     return np.minimum(starts + kernel, size) - np.maximum(starts, 0)
 
 
-class SpatialDownsample(nnx.Module):
+class _Downsample(nnx.Module):
+    """A causal 3x3x3 convolution of a stride, or the average of as many pixels."""
+
+    stride: ClassVar[Triple]
+
+    def __init__(self, channels: int, out_channels: int | None = None, use_conv: bool = True, *, rngs: nnx.Rngs):
+        out_channels = out_channels or channels
+        if not use_conv and out_channels != channels:
+            raise ValueError(
+                f"average pooling keeps {channels} channels and cannot give {out_channels}: use a convolution"
+            )
+        conv = partial(CausalConv3d, channels, out_channels, 3, rngs=rngs)
+        self.conv = conv(self.stride) if use_conv else AvgPool3d(self.stride)
+
+
+class SpatialDownsample(_Downsample):
     """Halves height and width: a causal 3x3x3 convolution of stride (1, 2, 2), or the average of 2x2 pixels.
 
     The convolution rounds odd sizes up, the average down. Averaging cannot change the channels: ValueError.
     """
 
     frames_a_step = 1
-
-    def __init__(self, channels: int, out_channels: int | None = None, use_conv: bool = True, *, rngs: nnx.Rngs):
-        check_pooled_channels(channels, out_channels, use_conv)
-        out_channels = out_channels or channels
-        self.conv = CausalConv3d(channels, out_channels, 3, (1, 2, 2), rngs=rngs) if use_conv else AvgPool3d((1, 2, 2))
+    stride = (1, 2, 2)
 
     def __call__(self, x: Clip, carry=None):
         """Maps (B, T, H, W, C) to (B, T, H / 2, W / 2, out); returns it and the carry."""
         return self.conv(x, carry) if isinstance(self.conv, CausalConv3d) else (self.conv(x), ())
 
 
-class TemporalDownsample(nnx.Module):
+class TemporalDownsample(_Downsample):
     """Halves time: 2k + 1 frames at the start of a stream become k + 1, later 2k become k.
 
     By a causal 3x3x3 convolution of stride (2, 1, 1), or by the average of two frames; the first frame of the stream
@@ -99,11 +112,7 @@ class TemporalDownsample(nnx.Module):
     """
 
     frames_a_step = 2
-
-    def __init__(self, channels: int, out_channels: int | None = None, use_conv: bool = True, *, rngs: nnx.Rngs):
-        check_pooled_channels(channels, out_channels, use_conv)
-        out_channels = out_channels or channels
-        self.conv = CausalConv3d(channels, out_channels, 3, (2, 1, 1), rngs=rngs) if use_conv else AvgPool3d((2, 1, 1))
+    stride = (2, 1, 1)
 
     def __call__(self, x: Clip, carry=None):
         """Maps (B, T, H, W, C) to about half the frames; returns it and the carry."""
@@ -115,12 +124,6 @@ class TemporalDownsample(nnx.Module):
         x = jnp.concatenate([frames_before(carry, x), x], axis=1)
         whole = x.shape[1] // 2 * 2
         return self.conv(x[:, :whole]), x[:, whole:]
-
-
-def check_pooled_channels(channels: int, out_channels: int | None, use_conv: bool) -> None:
-    """Raises ValueError when average pooling is asked to change the number of channels."""
-    if not use_conv and out_channels not in (None, channels):
-        raise ValueError(f"average pooling keeps {channels} channels and cannot give {out_channels}: use a convolution")
 
 
 class SpatialUpsample(nnx.Module):
