@@ -15,7 +15,7 @@ from flax_vae.io.latents import SUFFIX, Latents, write_latents
 from flax_vae.io.manifest import Entry, Log, as_json, read_entries, read_log, read_settings, write_lines
 from flax_vae.io.video_reader import UNREADABLE
 from flax_vae.jobs.budget import batch_clips, chunk_latents
-from flax_vae.jobs.clip import Clip, check_pixels, open_clip
+from flax_vae.jobs.clip import Clip, check_reading, open_clip
 from flax_vae.jobs.encode import about_latents, encode_clip
 from flax_vae.jobs.job import folder_of
 from flax_vae.jobs.model import Model, check_stream, load, read_config
@@ -42,7 +42,7 @@ def extract(source: Path, out: Path, weights: str, options: Options, part: tuple
     """
     number, parts = part
     config, entries = read_config(weights), read_entries(source)
-    check_pixels(config)
+    check_reading(config, options.size, options.frames)
     check_folder(out)
     logs = check_parts(out, parts)
     check_stream(options.mesh, config, ())

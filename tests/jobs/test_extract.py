@@ -261,6 +261,23 @@ def test_parts_may_be_run_again_after_a_clip_has_come(extract, clips, tmp_path, 
 
 
 @pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--size", "4", "size=4: too small, this model takes multiples of 8 pixels from 8 on"),
+        ("--size", "4x24", "size=(4, 24): too small"),
+        ("--size", "big", "--size big: expected the short side"),
+        ("--frames", "0", "--frames 0: expected 1 or more"),
+    ],
+)
+def test_what_no_clip_can_have_is_refused_before_any_work(extract, clips, tmp_path, option, value, message):
+    code, _, err = extract(clips, tmp_path / "out", option, value)
+    assert code == 2
+    assert message in err
+    assert "loading" not in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     ("args", "message"),
     [
         (["--size", "8"], "was begun otherwise, with"),
