@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,13 +35,11 @@ def compiled_ahead(requests: Sequence[Request], workers: int = 2) -> Iterator[tu
     with ThreadPoolExecutor(workers) as pool:
         waiting = {pool.submit(compile_one, request, running): request for request in requests}
         try:
-            while waiting:
-                for done in wait(waiting, return_when=FIRST_COMPLETED).done:
-                    request = waiting.pop(done)
-                    try:
-                        yield request, done.result()
-                    except ValueError as error:
-                        yield request, error
+            for done in as_completed(waiting):
+                try:
+                    yield waiting[done], done.result()
+                except ValueError as error:
+                    yield waiting[done], error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
             for child in running:

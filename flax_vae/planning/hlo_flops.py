@@ -15,26 +15,18 @@ CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 
 def flops(instruction: Instruction, computation: Computation) -> int:
     """Returns 2 for each product that is summed: none for padding and for the holes of dilated inputs."""
+    if instruction.opcode not in ("dot", "convolution"):
+        return 0
+    left, right = (computation.instructions[name].arrays[0].dims for name in instruction.operands[:2])
+    result = instruction.arrays[0].dims
     if instruction.opcode == "dot":
-        return dot_flops(instruction, computation)
-    if instruction.opcode == "convolution":
-        return convolution_flops(instruction, computation)
-    return 0
-
-
-def dot_flops(instruction: Instruction, computation: Computation) -> int:
-    left, _ = operand_dims(instruction, computation)
-    found = CONTRACTED.search(instruction.attributes)
-    axes = [int(axis) for axis in found[1].split(",") if axis] if found else []
-    return 2 * math.prod(instruction.arrays[0].dims) * math.prod(left[axis] for axis in axes)
-
-
-def convolution_flops(instruction: Instruction, computation: Computation) -> int:
+        found = CONTRACTED.search(instruction.attributes)
+        axes = [int(axis) for axis in found[1].split(",") if axis] if found else []
+        return 2 * math.prod(result) * math.prod(left[axis] for axis in axes)
     labels = LABELS.search(instruction.attributes)
     if labels is None:
         raise ValueError(f"{instruction.name}: a convolution without dim_labels")
-    dims = *operand_dims(instruction, computation), instruction.arrays[0].dims
-    named = zip(labels.groups(), dims, strict=True)
+    named = zip(labels.groups(), (left, right, result), strict=True)
     inputs, kernel, outputs = (dict(zip(names, sizes, strict=True)) for names, sizes in named)
     total = 2 * kernel["i"] * outputs["f"] * outputs["b"]
     for axis, window in enumerate(windows(instruction.attributes)):
@@ -42,16 +34,10 @@ def convolution_flops(instruction: Instruction, computation: Computation) -> int
     return total
 
 
-def operand_dims(instruction: Instruction, computation: Computation) -> list[tuple[int, ...]]:
-    return [computation.instructions[name].arrays[0].dims for name in instruction.operands[:2]]
-
-
 def windows(attributes: str) -> list[tuple[int, ...]]:
     """Parses size, stride, low padding, input dilation and kernel dilation of each axis of a window."""
     found = WINDOW.search(attributes)
-    if not found:
-        return []
-    values = dict(word.split("=") for word in found[1].split())
+    values = dict(word.split("=") for word in found[1].split()) if found else {}
     axes = len(values["size"].split("x")) if values else 0
     columns = []
     for name, default in (("size", "1"), ("stride", "1"), ("pad", "0"), ("lhs_dilate", "1"), ("rhs_dilate", "1")):

@@ -17,8 +17,9 @@ def traffic(each: Instruction, computation: Computation, computations: Computati
         return 0
     taken = 0
     if not each.opcode.endswith("-done"):
-        names = dict.fromkeys(name for name in each.operands if name in computation.instructions)
-        taken = sum(read(name, each, computation, computations) for name in names)
+        for name in computation.instructions.keys() & each.operands:
+            if whole := hbm_bytes(computation.instructions[name]):
+                taken += min(whole, read_by(each, name, whole, computation, computations))
     given = 0 if each.opcode.endswith("-start") else written(each, computation, computations)
     return taken + given
 
@@ -28,13 +29,8 @@ def hbm_bytes(each: Instruction) -> int:
     return sum(array.bytes for array in each.arrays if not array.is_near)
 
 
-def read(name: str, user: Instruction, computation: Computation, computations: Computations) -> int:
-    """Returns the bytes that `user` reads of a value: all of them, or the slices that it cuts out."""
-    whole = hbm_bytes(computation.instructions[name])
-    return min(whole, read_by(user, name, whole, computation, computations)) if whole else 0
-
-
 def read_by(each: Instruction, name: str, whole: int, computation: Computation, computations: Computations) -> int:
+    """Returns the bytes that an instruction reads of a value: the `whole`, or the slices that it cuts out."""
     index = each.operands.index(name)
     kind = each.opcode.removesuffix("-start")
     if kind in SLICES and index == 0:

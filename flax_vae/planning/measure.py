@@ -22,8 +22,9 @@ USES |= {"code": "generated_code"}
 
 def measured(report: Report, compiled: jax.stages.Compiled, chip: Chip | None) -> Report:
     """Returns a report completed from a compiled program; times only for a known chip."""
-    memory = memory_of(compiled)
-    needed = None if memory is None else sum(memory.values()) - 2 * memory["aliased"]  # in arguments and outputs
+    sizes = compiled.memory_analysis()  # None where jax does not tell
+    memory = {use: getattr(sizes, f"{name}_size_in_bytes") for use, name in USES.items()} if sizes else None
+    needed = sum(memory.values()) - 2 * memory["aliased"] if memory else None  # aliased: in arguments and outputs
     found = program(compiled.as_text() or "")
     times = seconds(found, chip, report.devices) if chip else None
     return replace(
@@ -38,14 +39,6 @@ def measured(report: Report, compiled: jax.stages.Compiled, chip: Chip | None) -
         bound=max(times, key=lambda name: times[name]) if times else None,
         loops_of_unknown_length=found.endless,
     )
-
-
-def memory_of(compiled: jax.stages.Compiled) -> dict[str, int] | None:
-    """Returns the bytes of a program on a device by use; None where jax does not tell."""
-    memory = compiled.memory_analysis()
-    if memory is None:
-        return None
-    return {use: getattr(memory, f"{name}_size_in_bytes") for use, name in USES.items()}
 
 
 def by_kind(found: Program) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
+from math import prod
 from typing import Any
 
 from flax_vae.families import registry
@@ -50,25 +51,15 @@ def admitted(request: Request) -> Iterator[dict[str, int]]:
     if count is None:
         raise ValueError("--search needs to know how many devices there are: give a slice of TPUs, or cpu:8")
     config = registry.preset(request.model)
-    shape = request.batch, request.frames, request.height, request.width
-    order = sorted(factorizations(count, len(AXES)), key=lambda sizes: (-sizes[0], sum(n > 1 for n in sizes), sizes))
-    for sizes in order:
+    divisors = [n for n in range(1, count + 1) if count % n == 0]
+    found = [sizes for sizes in product(divisors, repeat=len(AXES)) if prod(sizes) == count]
+    for sizes in sorted(found, key=lambda sizes: (-sizes[0], sum(n > 1 for n in sizes), sizes)):
         mesh = {axis: size for axis, size in zip(AXES, sizes, strict=True) if size > 1} or {"data": 1}
         try:
-            check_sizes(mesh, config, *shape)
+            check_sizes(mesh, config, request.batch, request.frames, request.height, request.width)
         except ValueError:
             continue
         yield mesh
-
-
-def factorizations(count: int, parts: int) -> Iterator[tuple[int, ...]]:
-    """Yields all tuples of `parts` numbers whose product is `count`."""
-    if parts == 1:
-        yield (count,)
-        return
-    for first in range(1, count + 1):
-        if count % first == 0:
-            yield from ((first, *rest) for rest in factorizations(count // first, parts - 1))
 
 
 def rank(report: Report) -> tuple[Any, ...]:

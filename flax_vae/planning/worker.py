@@ -56,7 +56,9 @@ def measure(request: Request) -> Report:
     except NotImplementedError as error:  # of a mesh that jax cannot lay out on the links of a slice
         raise ValueError(f"{request.topology}: {error}") from None
     lowered = lower(request, mesh)
-    report = Report(request, len(devices), devices[0].device_kind, None, memory_limit(topology, devices[0]), None)
+    chip = topology.chip
+    available = int(chip.memory / chip.devices) if chip else (devices[0].memory_stats() or {}).get("bytes_limit")
+    report = Report(request, len(devices), devices[0].device_kind, None, available, None)
     began = time.perf_counter()
     try:
         compiled = lowered.compile()
@@ -64,7 +66,7 @@ def measure(request: Request) -> Report:
         needed, available = refused(str(error))
         took = time.perf_counter() - began
         return replace(report, needed=needed, available=available, fits=False, compile_seconds=took)
-    return measured(replace(report, compile_seconds=time.perf_counter() - began), compiled, topology.chip)
+    return measured(replace(report, compile_seconds=time.perf_counter() - began), compiled, chip)
 
 
 def devices_of(topology: Topology) -> list[Any]:
@@ -77,13 +79,6 @@ def devices_of(topology: Topology) -> list[Any]:
         return topologies.get_topology_desc(topology.runtime_name, "tpu", **topology.options).devices
     except RuntimeError as error:
         raise ValueError(f"{topology.name}: {str(error).splitlines()[0]}") from None
-
-
-def memory_limit(topology: Topology, device: Any) -> int | None:
-    """Returns the bytes that a program may use on a device; None where that is not known."""
-    if topology.chip:
-        return int(topology.chip.memory / topology.chip.devices)
-    return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def lower(request: Request, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
