@@ -3,6 +3,7 @@
 Opening one reads only headers.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -136,27 +137,17 @@ def download(name: str) -> Path:
         except Exception as error:  # no network, no access, no such name: each library below raises errors of its own
             reason = f"{type(error).__name__}: {error}"
             raise FileNotFoundError(f"{missing}, and the hub does not give it: {reason}") from error
-        try:
+        with contextlib.suppress(FileNotFoundError):
             weights_in(Path(root, folder))
-        except FileNotFoundError:
-            continue
-        return Path(root, folder)
+            return Path(root, folder)
     raise FileNotFoundError(f"{missing}, and {repository} on the hub has no weights in its {folder or 'top'} folder")
 
 
 def save(path: str | os.PathLike, config: Mapping[str, Any], tensors: Tensors) -> None:
     """Writes a checkpoint directory, and the parents it needs; replaces a checkpoint saved there before.
 
-    Both files are complete before they get their names, weights first, config last.
-
-    Args:
-      path: the directory.
-      config: contents of config.json.
-      tensors: the weights, read one at a time.
-
-    Raises:
-      NotADirectoryError: `path` is a file.
-      ValueError: it holds other safetensors; a dtype is not floating point.
+    Both files are complete before they get their names, weights first, config last. Raises NotADirectoryError where
+    `path` is a file, ValueError where it holds other safetensors, and for a dtype that is not floating point.
     """
     directory = Path(path)
     if directory.exists() and not directory.is_dir():

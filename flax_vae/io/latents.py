@@ -59,14 +59,9 @@ class About:
 def write_latents(
     path: PathLike, about: About, mean: np.ndarray, logvar: np.ndarray, frames: int, start: int = 0, last: bool = True
 ) -> None:
-    """Writes latents (1, t, h, w, z); the file takes its name when it is complete.
+    """Writes latents (1, t, h, w, z) that stand for `frames` frames; the file takes its name when it is complete.
 
-    Args:
-      about: what all files of the clip say of it.
-      mean, logvar: the posterior.
-      frames: number of frames that these latents stand for.
-      start: index of the first of them among the clip's latents.
-      last: whether the clip ends with these.
+    `start` is the index of the first of them among the clip's latents, `last` is whether the clip ends with these.
     """
     span = {"start": str(start), "frames": str(frames), "last": json.dumps(last)}
     with replacing(path) as part:

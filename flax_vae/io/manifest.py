@@ -50,25 +50,20 @@ def _in_folder(folder: Path) -> list[Entry]:
 
 
 def _in_manifest(path: Path) -> Iterator[Entry]:
-    for number, values in read_lines(path):
-        kinds = [kind for kind in KINDS if isinstance(values, dict) and isinstance(values.get(kind), str)]
-        if len(kinds) != 1:
-            raise ValueError(f'{path}, line {number}: expected {{"video": path}} or {{"image": path}}')
-        clip = (path.parent / values[kinds[0]]).absolute()
-        # a digest, because clips of one name may lie in several folders
-        yield Entry(kinds[0], clip, f"{clip.stem}-{hashlib.sha256(str(clip).encode()).hexdigest()[:12]}{clip.suffix}")
-
-
-def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yields number and contents of every line that is not empty; ValueError names one that is not JSON."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                yield number, json.loads(line)
+                values = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+            kinds = [kind for kind in KINDS if isinstance(values, dict) and isinstance(values.get(kind), str)]
+            if len(kinds) != 1:
+                raise ValueError(f'{path}, line {number}: expected {{"video": path}} or {{"image": path}}')
+            clip = (path.parent / values[kinds[0]]).absolute()
+            digest = hashlib.sha256(str(clip).encode()).hexdigest()[:12]  # clips of one name may lie in several folders
+            yield Entry(kinds[0], clip, f"{clip.stem}-{digest}{clip.suffix}")
 
 
 def write_lines(path: PathLike, lines: Iterable[Mapping[str, Any]]) -> None:

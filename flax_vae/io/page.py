@@ -21,27 +21,14 @@ class Page:
         self.figure = Figure(figsize=(width, height), dpi=dpi, facecolor="white")
 
     def text(self, x: float, y: float, words: str, **style: Any) -> None:
-        """Writes text as it is: a $ in a file name is a $.
-
-        Args:
-          x, y: the corner.
-          words: the text.
-          style: options of matplotlib's `Figure.text`.
-        """
+        """Writes text as it is, a $ in a file name is a $; `style` are options of matplotlib's `Figure.text`."""
         style = {"size": 9, "color": INK, "va": "top", "parse_math": False} | style
         self.figure.text(x / self.width, 1 - y / self.height, words, **style)
 
     def heading(
         self, margin: float, title: str, subtitle: str, numbers: Iterable[tuple[str, str, str]], columns: int
     ) -> None:
-        """Writes a title, a subtitle, and numbers in large type.
-
-        Args:
-          margin: inches around the page.
-          title, subtitle: the text.
-          numbers: (label, number, colour) of each.
-          columns: number of columns that share the width.
-        """
+        """Writes a title, a subtitle, and, in columns that share the width, (label, number, colour) in large type."""
         self.text(margin, margin - 0.1, title, size=12, weight="bold")
         self.text(margin, margin + 0.16, subtitle, color=FAINT)
         for i, (label, number, colour) in enumerate(numbers):

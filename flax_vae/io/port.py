@@ -6,6 +6,7 @@ axes, are what its layer's `torch` says. A model's `layouts` map keys to the nam
 
 import re
 from collections.abc import Callable, Collection, Mapping
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import jax
@@ -102,7 +103,11 @@ def load(module: nnx.Module, source: Tensors, dtype: DTypeLike = jnp.float32) ->
         not floating point; also for another `dtype`, or float64 where jax has it disabled. While reading, for a damaged
         file, and for values too large for the dtype; what was read before stays.
     """
-    dtype = checked_dtype(dtype)
+    dtype = np.dtype(dtype)
+    if dtype.name not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype.name}")
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(f"jax has {dtype} disabled: call jax.config.update('jax_enable_x64', True), or use float32")
     ours = parameters(module)
     names = match(module, source.shapes())
     fill_random_state(module)
@@ -127,8 +132,8 @@ def match(module: nnx.Module, shapes: Mapping[str, Spec]) -> dict[str, str]:
             problems.append(f"given twice: {name}, as {' and '.join(names)}")
         elif name not in wanted:
             problems.append(f"unexpected: {names[0]} {shape}")
-        elif without_ones(shape) != without_ones(expected := ours[wanted[name]].torch_shape):
-            problems.append(f"wrong shape: {names[0]} is {shape}, expected {expected}")
+        elif any(a != b for a, b in zip_longest(shape, ours[wanted[name]].torch_shape, fillvalue=1)):  # trailing ones
+            problems.append(f"wrong shape: {names[0]} is {shape}, expected {ours[wanted[name]].torch_shape}")
         elif dtype not in DTYPES:
             problems.append(f"wrong dtype: {names[0]} is {dtype}, expected one of {', '.join(DTYPES)}")
     if problems:
@@ -149,23 +154,6 @@ def unwrapped(shapes: Mapping[str, Spec], known: Collection[str] = ()) -> dict[s
         elif not (is_training and re.match(r"(?:module\.)*loss\.", name)):
             found.setdefault(WRAPPERS.sub("", name), []).append(name)
     return found
-
-
-def without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns a shape without its trailing ones."""
-    while shape and shape[-1] == 1:
-        shape = shape[:-1]
-    return shape
-
-
-def checked_dtype(dtype: DTypeLike) -> np.dtype:
-    """Returns a dtype of weights; ValueError for one that weights cannot have, or that jax has disabled."""
-    dtype = np.dtype(dtype)
-    if dtype.name not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype.name}")
-    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
-        raise ValueError(f"jax has {dtype} disabled: call jax.config.update('jax_enable_x64', True), or use float32")
-    return dtype
 
 
 def cast(key: str, tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -17,30 +17,18 @@ TREE = "tree"  # key of the metadata that holds the nesting of the tuples, as JS
 def save_tree(path: PathLike, tree: Any, about: Mapping[str, str] | None = None) -> None:
     """Writes nested tuples of floating-point arrays, or None; the file takes its name when it is complete.
 
-    Args:
-      tree: the tuples.
-      about: texts by name, for the header.
-
-    Raises:
-      ValueError: anything else in the tree; a text named "tree".
+    The header also holds the texts `about`. Raises ValueError for anything else in the tree, and a text named "tree".
     """
     if TREE in (about or {}):
         raise ValueError(f"{path}: a text cannot be named {TREE!r}, where the nesting of the tree is kept")
-    leaves: dict[str, Any] = {}
-
-    def named(node: Any) -> Any:
-        if node is None:
-            return None
-        if isinstance(node, tuple):
-            return [named(entry) for entry in node]
-        if not isinstance(node, jax.Array | np.ndarray) or node.dtype.name not in DTYPES:
-            raise ValueError(f"a {type(node).__name__} cannot be saved: expected tuples of floating-point arrays")
-        leaves[name := str(len(leaves))] = node
-        return name
-
-    structure = json.dumps(named(tree))
+    leaves, structure = jax.tree.flatten(tree, is_leaf=lambda node: not isinstance(node, tuple | None))
+    for leaf in leaves:
+        if not isinstance(leaf, jax.Array | np.ndarray) or leaf.dtype.name not in DTYPES:
+            raise ValueError(f"a {type(leaf).__name__} cannot be saved: expected tuples of floating-point arrays")
+    arrays = {str(i): leaf for i, leaf in enumerate(leaves)}
+    nesting = json.dumps(jax.tree.unflatten(structure, arrays))  # names in the places of arrays
     with replacing(path) as part:
-        write_safetensors(part, Arrays(leaves), {**(about or {}), TREE: structure})
+        write_safetensors(part, Arrays(arrays), {**(about or {}), TREE: nesting})
 
 
 def load_tree(path: PathLike) -> tuple[Any, dict[str, str]]:

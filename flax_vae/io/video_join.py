@@ -74,9 +74,8 @@ def _pictures(target, pieces: Sequence[Path], fps: Fraction) -> tuple[Timed, int
                     if packet.pts is not None:
                         tick = as_fraction(packet.time_base)
                         lead = packet.dts if lead is None else lead
-                        packet.dts = lead + round(
-                            i / fps / tick
-                        )  # its own lacks this lead in a piece of one or two frames
+                        # its own lacks this lead in a piece of one or two frames
+                        packet.dts = lead + round(i / fps / tick)
                         yield _moved(packet, out, before / fps)
             before += count
 

@@ -108,11 +108,13 @@ def draw_frames(
         if count < span:
             raise ValueError(f"{path}: has {count} frames, and {span} are needed for {frames} at this rate")
         first = min(math.floor(moment * (count - span + 1)), count - span)
+        begin, tick = stream.start_time or 0, as_fraction(stream.time_base)
         if first:
-            start = (stream.start_time or 0) + round(first / rate / as_fraction(stream.time_base))
-            container.seek(start, stream=stream)
+            container.seek(begin + round(first / rate / tick), stream=stream)
         drawn: list[np.ndarray] = []
-        for number, frame in _numbered(path, container, stream, rate):
+        for number, frame in enumerate(_decode(path, container, stream)):
+            if frame.pts is not None:  # after a seek only its time tells a frame's number in the clip
+                number = round((frame.pts - begin) * tick * rate)
             while len(drawn) < frames and number >= first + offsets[len(drawn)]:
                 drawn.append(_upright_pixels(frame, size, position, zoom))
             if len(drawn) == frames:
@@ -120,19 +122,11 @@ def draw_frames(
         raise ValueError(f"{path}: damaged or cut short, {len(drawn)} of the frames from {first} on can be read")
 
 
-def _numbered(path, container, stream, rate):
-    """Yields decoded frames with their numbers in the clip, which after a seek only their times tell."""
-    begin, tick = stream.start_time or 0, as_fraction(stream.time_base)
-    for number, frame in enumerate(_decode(path, container, stream)):
-        yield (number if frame.pts is None else round((frame.pts - begin) * tick * rate)), frame
-
-
 def _frame_count(container, stream):
     """Counts frames: as stated, by the stated length, or by reading through the file."""
     if stream.frames:
         return stream.frames
-    stated = _stated_end(container, stream)
-    if stated is not None:
+    if (stated := _stated_end(container, stream)) is not None:
         return math.floor(stated * _rate(stream))
     count = sum(packet.size > 0 for packet in container.demux(stream))
     container.seek(0)

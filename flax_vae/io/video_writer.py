@@ -62,25 +62,22 @@ class VideoWriter:
 
     def write(self, frames: np.ndarray) -> None:
         """Appends one uint8 (H, W, 3) frame or several (T, H, W, 3)."""
+        import av
+        from av.video.reformatter import ColorRange, Colorspace
+
         if frames.dtype != np.uint8 or frames.ndim not in (3, 4) or frames.shape[-3:] != self.shape:
             raise ValueError(f"got {frames.dtype} {frames.shape}, expected uint8 {self.shape}, or several of them")
-        for frame in frames.reshape(-1, *self.shape):
-            self._container.mux(self._stream.encode(self._picture(frame)))
+        for pixels in frames.reshape(-1, *self.shape):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            if not self.lossless:
+                matrix = {"dst_colorspace": Colorspace.ITU709, "dst_color_range": ColorRange.MPEG}
+                frame = frame.reformat(format="yuv420p", interpolation=accurate(), **matrix)
+            frame.pts, frame.time_base = self.frames, 1 / self.fps
+            self._container.mux(self._stream.encode(frame))
             self.frames += 1
 
     def __exit__(self, *exception) -> bool | None:
         return self._stack.__exit__(*exception)
-
-    def _picture(self, pixels):
-        import av
-        from av.video.reformatter import ColorRange, Colorspace
-
-        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-        if not self.lossless:
-            matrix = {"dst_colorspace": Colorspace.ITU709, "dst_color_range": ColorRange.MPEG}
-            frame = frame.reformat(format="yuv420p", interpolation=accurate(), **matrix)
-        frame.pts, frame.time_base = self.frames, 1 / self.fps
-        return frame
 
     def _finish(self, failure, *_):
         if failure is None:

@@ -134,17 +134,11 @@ def load_pickled(path: Path, is_mapped: bool) -> dict[str, Any]:
 
 
 def write_safetensors(path: Path, tensors: Tensors, metadata: Mapping[str, str] = FORMAT) -> None:
-    """Writes tensors as safetensors, one at a time; the library would need all of them in memory at once.
-
-    Args:
-      tensors: read in the order of the file.
-      metadata: texts by name, for the header.
-    """
+    """Writes tensors as safetensors, one at a time; the library would need all of them in memory at once."""
     shapes, end = tensors.shapes(), 0
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    keys = sorted(
-        shapes, key=lambda key: (-np.dtype(shapes[key][1]).itemsize, key)
-    )  # widest first, so that all are aligned
+    # widest first, so that all are aligned
+    keys = sorted(shapes, key=lambda key: (-np.dtype(shapes[key][1]).itemsize, key))
     for key in keys:
         shape, dtype = shapes[key]
         start, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
