@@ -7,24 +7,14 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, NoReturn, Union
+from typing import Annotated, Any, Union
 
 from flax_vae.jobs import CheckFailed
 from flax_vae.runtime.cluster import is_joined, leave
 from flax_vae.runtime.compiler_options import order_for_memory
 
 COMMANDS = ("info", "port", "encode", "decode", "reconstruct", "eval", "extract", "train", "export", "plan", "demo")
-EXTRAS = {
-    "av": "video",
-    "matplotlib": "video",
-    "torch": "torch",
-    "grain": "train",
-    "orbax": "train",
-    "optax": "train",
-    "libtpu": "tpu",
-    "rich": "cli",
-    "tyro": "cli",
-}
+EXTRAS = {"video": "av matplotlib", "torch": "torch", "train": "grain optax orbax", "tpu": "libtpu", "cli": "rich tyro"}
 SUMMARY = """Causal video VAEs in JAX: port a torch checkpoint, encode and decode video, measure what is lost, train.
 
 COMMAND --help explains each and shows an example. A good first one: flax-vae demo"""
@@ -54,13 +44,14 @@ def main(args: Sequence[str] | None = None) -> None:
     except (ValueError, OSError, ImportError) as error:
         report(error, missing_package(error) if isinstance(error, ModuleNotFoundError) else None)
         leave(2)
-    except RuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            crash()
-        report(error, f"out of memory; give a smaller --memory or --size ({str(error).splitlines()[0]})")
-        leave(2)
-    except Exception:
-        crash()
+    except Exception as error:
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+            report(error, f"out of memory; give a smaller --memory or --size ({str(error).splitlines()[0]})")
+            leave(2)
+        if not is_joined():
+            raise
+        traceback.print_exc()
+        leave(1)  # at once, so that the other processes end too
     sys.exit(0)
 
 
@@ -83,7 +74,10 @@ def call(args: list[str]) -> None:
         command = load(args[0], args[1:])
         tyro.cli(command, prog=f"flax-vae {args[0]}", args=args[1:], description=inspect.getdoc(command))
         return
-    entries = [Annotated[load(name), tyro.conf.subcommand(name, description=first_line(name))] for name in COMMANDS]
+    entries = []
+    for name, command in zip(COMMANDS, map(load, COMMANDS), strict=True):
+        summary = str(command.__doc__).splitlines()[0]
+        entries.append(Annotated[command, tyro.conf.subcommand(name, description=summary)])
     choice: Any = Union[tuple(entries)]  # noqa: UP007 (X | Y takes no list)
     tyro.cli(choice, prog="flax-vae", args=args, description=SUMMARY)
 
@@ -97,22 +91,11 @@ def load(name: str, args: Sequence[str] = ()) -> Callable[..., Any]:
     return module.with_preset(args) if hasattr(module, "with_preset") else getattr(module, name)
 
 
-def first_line(name: str) -> str:
-    return (load(name).__doc__ or "").splitlines()[0]
-
-
 def missing_package(error: ModuleNotFoundError) -> str:
     """Returns how to get a package that a command needs."""
     name = (error.name or "").split(".")[0]
     if name in ("parity", "torch_ref"):
         return f"this command needs the folder {name}/ of the repository: run it from a clone of flax_vae"
-    wanted = f'"flax_vae[{EXTRAS[name]}]"' if name in EXTRAS else name or str(error)
+    extra = next((extra for extra, packages in EXTRAS.items() if name in packages.split()), None)
+    wanted = f'"flax_vae[{extra}]"' if extra else name or str(error)
     return f"this command needs the package {name}: pip install {wanted}"
-
-
-def crash() -> NoReturn:
-    """Raises the error that is being handled; in a cluster, prints it and ends at once, so that the others end too."""
-    if not is_joined():
-        raise
-    traceback.print_exc()
-    leave(1)

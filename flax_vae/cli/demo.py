@@ -8,7 +8,7 @@ from flax_vae.cli.options import described
 
 Out = Annotated[Path, described("DIR", "folder to write; made if it is not there")]
 NEEDS = ("parity", "torch_ref", "torch", "av", "matplotlib", "skvideo")
-INSTALL = 'pip install -e ".[torch,video,demo]"'
+INSTALL = 'in a clone of the repository, make demo, or pip install -e ".[torch,video,demo]"'
 
 
 def demo(out: Out = Path("demo_output")) -> None:
@@ -23,9 +23,7 @@ def demo(out: Out = Path("demo_output")) -> None:
     """
     missing = [name for name in NEEDS if find_spec(name) is None]
     if missing:
-        raise ImportError(
-            f"the demo needs {', '.join(missing)} too: in a clone of the repository, make demo, or {INSTALL}"
-        )
+        raise ImportError(f"the demo needs {', '.join(missing)} too: {INSTALL}")
 
     from parity.demo import run
 

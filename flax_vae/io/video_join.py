@@ -1,6 +1,5 @@
 """Joins the pieces of a video, with the sound of another file beside them, without compressing pictures again."""
 
-import contextlib
 import heapq
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -32,25 +31,12 @@ def join(path: PathLike, pieces: Sequence[Path], fps: Fraction, sound: PathLike 
       ValueError: pieces that do not continue each other; sound that cannot be read.
     """
     fps = written_rate(fps)
-    with contextlib.ExitStack() as stack:
-        part = stack.enter_context(replacing(path))
-        target = stack.enter_context(av.open(f"file:{part}", "w"))
+    with replacing(path) as part, av.open(f"file:{part}", "w") as target:
         packets, frames = _pictures(target, pieces, fps)
-        tracks: Timed = iter(())
-        if sound is not None:
-            with _named(sound):
-                tracks = _sound(target, stack.enter_context(av.open(f"file:{sound}")), sound, frames / fps)
+        tracks = iter(()) if sound is None else _sound(target, sound, frames / fps)
+        # `merge` takes a packet of each before it yields the first, so that all tracks are added before any is written
         for _, packet in heapq.merge(packets, tracks, key=lambda entry: entry[0]):
             target.mux(packet)
-
-
-@contextlib.contextmanager
-def _named(sound: PathLike) -> Iterator[None]:
-    """Makes FFmpeg's errors name the file."""
-    try:
-        yield
-    except FFmpegError as error:
-        raise ValueError(f"{sound}: its sound cannot be read ({error.strerror})") from error
 
 
 def _pictures(target, pieces: Sequence[Path], fps: Fraction) -> tuple[Timed, int]:
@@ -82,24 +68,23 @@ def _pictures(target, pieces: Sequence[Path], fps: Fraction) -> tuple[Timed, int
     return packets(), sum(counts)
 
 
-def _sound(target, source, sound: PathLike, end: Fraction) -> Timed:
-    if any(track.codec_context is None for track in source.streams.audio):
-        raise ValueError(f"{sound}: this FFmpeg has no decoder for its sound")
-    outs, encoders = {}, {}
-    for track in source.streams.audio:
-        codec = track.codec_context
-        if codec.codec.canonical_name in PLAYABLE.get(target.format.name, {codec.codec.canonical_name}):
-            outs[track.index] = target.add_stream_from_template(track)
-        else:
-            outs[track.index] = encoders[track.index] = target.add_stream("aac", rate=track.rate)
-            # raw sound need not state which channel is which
-            outs[track.index].codec_context.layout = "stereo" if codec.layout.nb_channels == 2 else codec.layout
-    start = _start(sound)
-
-    def packets() -> Timed:
-        left = set(outs)  # tracks that have not ended
-        with _named(sound):
-            for packet in source.demux(*source.streams.audio):
+def _sound(target, sound: PathLike, end: Fraction) -> Timed:
+    """Adds the sound tracks to the target and yields their packets up to second `end`; errors name the file."""
+    try:
+        with av.open(f"file:{sound}") as source:
+            if any(track.codec_context is None for track in source.streams.audio):
+                raise ValueError(f"{sound}: this FFmpeg has no decoder for its sound")
+            outs, encoders = {}, {}
+            for track in source.streams.audio:
+                codec = track.codec_context
+                if codec.codec.canonical_name in PLAYABLE.get(target.format.name, {codec.codec.canonical_name}):
+                    outs[track.index] = target.add_stream_from_template(track)
+                else:
+                    outs[track.index] = encoders[track.index] = target.add_stream("aac", rate=track.rate)
+                    # raw sound need not state which channel is which
+                    outs[track.index].codec_context.layout = "stereo" if codec.layout.nb_channels == 2 else codec.layout
+            start, left = _start(sound), set(outs)  # tracks that have not ended
+            for packet in source.demux(*source.streams.audio) if outs else ():
                 index = packet.stream.index
                 for ready in _encoded(packet, encoders[index]) if index in encoders else [packet]:
                     if ready.pts is None:
@@ -110,8 +95,8 @@ def _sound(target, source, sound: PathLike, end: Fraction) -> Timed:
                         left.discard(index)
                 if not left:
                     return
-
-    return packets() if outs else iter(())
+    except FFmpegError as error:
+        raise ValueError(f"{sound}: its sound cannot be read ({error.strerror})") from error
 
 
 def _start(path: PathLike) -> Fraction:

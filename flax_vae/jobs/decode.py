@@ -1,12 +1,13 @@
 """Decodes latents on disk to clips of any length, a chunk at a time."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from flax_vae.io.latents import Latents, first_file
 from flax_vae.jobs.budget import chunk_latents
 from flax_vae.jobs.clip import check_pixels
-from flax_vae.jobs.frames import IMAGE, VIDEO, FramePieces, assemble
+from flax_vae.jobs.frames import IMAGE, VIDEO, assemble, write_piece
 from flax_vae.jobs.job import Job, Progress, check_begun
 from flax_vae.jobs.model import Model, check_stream, config_hash, load, read_config
 from flax_vae.jobs.options import Options
@@ -53,11 +54,10 @@ def decode_clip(source: Latents, target: Path, model: Model, options: Options, m
     about, (frames, *sizes) = source.about, source.shape
     step = compiled(model.vae.decode_chunk, model.mesh)
     with Job(target, {"command": "decode", "latents": source.identity, **model.identity}, options.resume) as job:
-        meter.already(job.progress.frames)
         shape = lambda latents: (1, max(latents, 1), *sizes)  # noqa: E731
         size = job.decision("chunk", lambda: chunk_latents(step, model.mesh, shape, frames, options.budget))
         chunks = chunks_of(source, size, model.vae.config, job.progress)
-        run(job, step, chunks, FramePieces(job, about.fps, about.height, about.width), meter)
+        run(job, step, chunks, partial(write_piece, job, about.fps, about.height, about.width), meter)
         assemble(job, about.fps)
 
 

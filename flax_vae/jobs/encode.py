@@ -1,6 +1,7 @@
 """Encodes clips of any length to latents on disk, a chunk at a time."""
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from flax_vae.jobs.clip import Clip, expected_frames
 from flax_vae.jobs.job import Job
 from flax_vae.jobs.model import Model, config_hash, load, read_config
 from flax_vae.jobs.options import Options
-from flax_vae.jobs.pieces import Chunk, Pieces, run
+from flax_vae.jobs.pieces import Results, run
 from flax_vae.jobs.screen import Meter, progress
 from flax_vae.jobs.sources import check_folder, open_clips
 from flax_vae.models.latents import LatentScaling
@@ -52,10 +53,9 @@ def encode_clip(
     """Encodes one clip to a folder of latents, or goes on with it; returns the number of its frames."""
     about, step = about_latents(clip, model, scaling), compiled(model.vae.encode_chunk, model.mesh)
     with Job(target, {"command": "encode", **clip.source, **model.identity, "about": about}, options.resume) as job:
-        meter.already(job.progress.frames)
         asked = model.mesh, clip.shape, clip.expected_latents
         size = job.decision("chunk", lambda: chunk_latents(step, *asked, options.budget))
-        run(job, step, clip.chunks(size, job.progress.frames), LatentPieces(job, about), meter)
+        run(job, step, clip.chunks(size, job.progress.frames), partial(write_piece, job, about), meter)
         job.become()
     return job.progress.frames
 
@@ -65,26 +65,14 @@ def about_latents(clip: Clip, model: Model, scaling: dict[str, Any] | None = Non
     return About(clip.height, clip.width, clip.fps, config_hash(model.vae.config), model.weights, scaling)
 
 
-class LatentPieces(Pieces):
-    """Writes the distributions of latents, each piece to a file."""
-
-    def __init__(self, job: Job, about: About):
-        super().__init__()
-        self.job, self.about = job, about
-        self._start, self._frames = job.progress.latents, 0
-        self._parts: list[tuple[np.ndarray, np.ndarray]] = []
-
-    def add(self, result: Any, chunk: Chunk) -> None:
-        """Keeps the latents of a chunk that are not padding."""
-        mean, logvar = (np.asarray(x, np.float32)[:, : chunk.latents] for x in (result.mean, result.logvar))
-        self._parts.append((mean, logvar))
-        self._frames += chunk.frames
-
-    def finish(self, is_last: bool) -> None:
-        """Writes what was added since the last piece."""
-        mean, logvar = (np.concatenate(parts, axis=1) for parts in zip(*self._parts, strict=True))
-        write_latents(self.job.piece(SUFFIX), self.about, mean, logvar, self._frames, self._start, is_last)
-        self._start, self._frames, self._parts = self._start + mean.shape[1], 0, []
+def write_piece(job: Job, about: About, results: Results) -> None:
+    """Writes the distributions of the latents of a piece, without padding, to a file."""
+    parts, frames, is_last = [], 0, False
+    for chunk, posterior in results:
+        parts.append([np.asarray(x, np.float32)[:, : chunk.latents] for x in (posterior.mean, posterior.logvar)])
+        frames, is_last = frames + chunk.frames, chunk.is_last
+    mean, logvar = (np.concatenate(part, axis=1) for part in zip(*parts, strict=True))
+    write_latents(job.piece(SUFFIX), about, mean, logvar, frames, job.progress.latents, is_last)
 
 
 def read_scaling(scaling: str | None) -> dict[str, Any] | None:

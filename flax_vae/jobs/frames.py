@@ -4,9 +4,9 @@ T frames, H W pixels.
 """
 
 import os
+from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from flax_vae.io.pixels import to_uint8
 from flax_vae.io.video_join import join
 from flax_vae.io.video_writer import VideoWriter, write_image
 from flax_vae.jobs.job import Job
-from flax_vae.jobs.pieces import Chunk, Pieces
+from flax_vae.jobs.pieces import Results
 from flax_vae.jobs.screen import note
 from flax_vae.metrics.psnr import psnr
 
@@ -23,31 +23,19 @@ IMAGE, VIDEO, LOSS = ".png", ".mp4", ".npz"  # suffixes: of an image, of a video
 SAMPLES = 64  # most frames that are kept for the contact sheet
 
 
-class FramePieces(Pieces):
-    """Writes decoded frames (1, T, H, W, 3), piece by piece, for a job whose target is a video or an image."""
-
-    def __init__(self, job: Job, fps: Fraction, height: int, width: int):
-        super().__init__()
-        self.job, self.format = job, (fps, height, width)
-        self._writer, self._loss = None, Loss(job.progress.frames)
-
-    def add(self, result: Any, chunk: Chunk) -> None:
-        """Writes the frames of a chunk that are not padding."""
-        pixels = to_uint8(np.asarray(result[0], np.float32))[: chunk.frames]
-        if self.job.target.suffix.lower() == IMAGE:
-            write_image(self.job.piece(IMAGE), pixels[0])
-        else:
-            if self._writer is None:
-                self._writer = self.enter_context(VideoWriter(self.job.piece(VIDEO), *self.format))
-            self._writer.write(pixels)
-        if chunk.pixels is not None:
-            self._loss.add(chunk.pixels, pixels)
-
-    def finish(self, is_last: bool) -> None:
-        """Closes the piece."""
-        self.close()
-        self._writer = None
-        self._loss.save(self.job.piece(LOSS))
+def write_piece(job: Job, fps: Fraction, height: int, width: int, results: Results) -> None:
+    """Writes the decoded frames (1, T, H, W, 3) of a piece, without padding, to a video or image, and their loss."""
+    is_image, loss = job.target.suffix.lower() == IMAGE, Loss(job.progress.frames)
+    with nullcontext() if is_image else VideoWriter(job.piece(VIDEO), fps, height, width) as writer:
+        for chunk, decoded in results:
+            pixels = to_uint8(np.asarray(decoded[0], np.float32))[: chunk.frames]
+            if writer is None:
+                write_image(job.piece(IMAGE), pixels[0])
+            else:
+                writer.write(pixels)
+            if chunk.pixels is not None:
+                loss.add(chunk.pixels, pixels)
+    loss.save(job.piece(LOSS))
 
 
 class Loss:
@@ -67,13 +55,11 @@ class Loss:
                 self._samples.append((number, *pair))
 
     def save(self, path: Path) -> None:
-        """Writes what was added since the last piece, if anything."""
+        """Writes what was added, if anything."""
         if self._quality:
             numbers, before, after = zip(*self._samples, strict=True) if self._samples else ((), (), ())
             with replacing(path) as part:
                 np.savez(part, quality=self._quality, numbers=numbers, before=before, after=after)
-        self._start += len(self._quality)
-        self._quality, self._samples = [], []
 
 
 def spacing(frames: int, samples: int) -> int:

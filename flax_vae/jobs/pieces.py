@@ -2,7 +2,6 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -28,32 +27,28 @@ class Chunk:
     pixels: np.ndarray | None = None
 
 
-class Pieces(ExitStack):
-    """Where results go; a file that is entered in the stack is removed after an error."""
+Results = Iterator[tuple[Chunk, Any]]  # of the chunks of one piece, as they are computed
 
-    def add(self, result: Any, chunk: Chunk) -> None:
-        """Takes the result of a chunk."""
-        raise NotImplementedError
+def run(job: Job, step: Callable, chunks: Iterable[Chunk], write: Callable[[Results], None], meter: Meter) -> None:
+    """Runs a step over the chunks that are left of a job, none if it is complete; writes and commits piece by piece."""
+    results = streamed(step, ((chunk.data, chunk) for chunk in chunks), job.carry)
+    carry, frames, latents, is_last = None, 0, 0, job.progress.is_complete
 
-    def finish(self, is_last: bool) -> None:
-        """Makes a whole file of the results since the last one."""
-        raise NotImplementedError
-
-
-def run(job: Job, step: Callable, chunks: Iterable[Chunk], pieces: Pieces, meter: Meter) -> None:
-    """Runs a step over the chunks that are left of a job, none if it is complete, and commits every piece."""
-    if job.progress.is_complete:
-        return
-    frames = latents = 0
-    with pieces:
-        for chunk, result, carry in streamed(step, ((chunk.data, chunk) for chunk in chunks), job.carry):
-            pieces.add(result, chunk)
+    def piece() -> Results:
+        nonlocal carry, frames, latents, is_last
+        frames = latents = 0
+        for chunk, result, after in results:
+            yield chunk, result
             meter.done(chunk.frames)
+            carry, is_last = after, chunk.is_last
             frames, latents = frames + chunk.frames, latents + chunk.latents
-            if chunk.is_last or latents >= PIECE_LATENTS + (job.progress.pieces == 0):
-                pieces.finish(chunk.is_last)
-                job.commit(carry, frames, latents, chunk.is_last)
-                frames = latents = 0
+            if is_last or latents >= PIECE_LATENTS + (job.progress.pieces == 0):
+                return
+
+    meter.already(job.progress.frames)
+    while not is_last:
+        write(piece())
+        job.commit(carry, frames, latents, is_last)
 
 
 def streamed(step: Callable, chunks: Iterable[tuple[np.ndarray, T]], carry: Any = None) -> Iterator[tuple[T, Any, Any]]:

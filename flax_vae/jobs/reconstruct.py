@@ -3,6 +3,7 @@
 import itertools
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from flax_vae.io.files import IMAGES
 from flax_vae.jobs.budget import chunk_latents
 from flax_vae.jobs.clip import Clip, expected_frames
-from flax_vae.jobs.frames import IMAGE, FramePieces, assemble, losses
+from flax_vae.jobs.frames import IMAGE, assemble, losses, write_piece
 from flax_vae.jobs.job import Job
 from flax_vae.jobs.model import Model, load, read_config
 from flax_vae.jobs.options import Options
@@ -67,11 +68,10 @@ def reconstruct_clip(clip: Clip, target: Path, model: Model, options: Options, m
     step = compiled(MethodType(reconstruct_chunk, model.vae), model.mesh)
     settings = {"command": "reconstruct", **clip.source, "size": (clip.height, clip.width), **model.identity}
     with Job(target, settings, options.resume) as job:
-        meter.already(job.progress.frames)
         asked = model.mesh, clip.shape, clip.expected_latents
         size = job.decision("chunk", lambda: chunk_latents(step, *asked, options.budget))
-        pieces = FramePieces(job, clip.fps, clip.height, clip.width)
-        run(job, step, clip.chunks(size, job.progress.frames), pieces, meter)
+        write = partial(write_piece, job, clip.fps, clip.height, clip.width)
+        run(job, step, clip.chunks(size, job.progress.frames), write, meter)
         quality, numbers, before, after = losses(job)
         sheet = job.folder / "sheet.png"
         contact_sheet(sheet, before, after, clip.path.name, numbers, pooled_psnr(quality))

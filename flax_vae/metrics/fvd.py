@@ -147,7 +147,6 @@ def named(path: Path) -> Iterator[tuple[str, np.ndarray]]:
         found = re.fullmatch(r"params/(.+)/Conv_0/kernel", key)
         if not found:
             raise ValueError(f"{path}: {key} is no tensor of I3D")
-        kernel = arrays[key].astype(np.float64)
         if found[1].startswith("Logits/"):
             yield "logits.weight", arrays[key].transpose(4, 3, 0, 1, 2)
             yield "logits.bias", arrays[f"params/{found[1]}/Conv_0/bias"]
@@ -155,7 +154,7 @@ def named(path: Path) -> Iterator[tuple[str, np.ndarray]]:
         norm = f"{found[1]}/BatchNorm_0"
         shift, mean, var = (arrays[f"{kind}/{norm}/{name}"].reshape(-1).astype(np.float64) for kind, name in NORM)
         scale = 1 / np.sqrt(var + EPS)
-        yield f"{our_name(found[1])}.conv.weight", (kernel * scale).transpose(4, 3, 0, 1, 2).astype(np.float32)
+        yield f"{our_name(found[1])}.conv.weight", (arrays[key] * scale).transpose(4, 3, 0, 1, 2).astype(np.float32)
         yield f"{our_name(found[1])}.conv.bias", (shift - mean * scale).astype(np.float32)
 
 

@@ -60,17 +60,12 @@ class Seam:
 def seam(clips: Sequence[Sequence[float] | np.ndarray], chunk: int, factor: int) -> Seam | None:
     """Compares the PSNR of frames at the borders of chunks with that of frames inside, as `SEAM` says.
 
-    Args:
-      clips: the PSNR of each of their frames in dB.
-      chunk: frames of a chunk, except the first.
-      factor: frames of a latent.
-
-    Returns:
-      None where chunks have fewer than two latents, and where no clip is long enough.
+    `clips` are the PSNR of each of their frames in dB; a chunk, except the first, has `chunk` frames, a latent
+    `factor`. Returns None where chunks have fewer than two latents, and where no clip is long enough.
     """
-    step = max(factor, 2)
-    if chunk < 2 * step:
+    if shortest(chunk, factor) is None:
         return None
+    step = max(factor, 2)
     first = [value for clip in clips for value in _above(clip, range(1 + chunk, len(clip) - step, chunk), step)]
     last = [value for clip in clips for value in _above(clip, range(chunk, len(clip) - step - 1, chunk), step)]
     if not first:

@@ -158,13 +158,9 @@ class VAEConfig:
 
 def type_problems(config: VAEConfig) -> list[str]:
     """Lists the keys of a config whose value has the wrong type."""
-    hints = get_type_hints(type(config))
-    values = {field.name: getattr(config, field.name) for field in fields(config)}
-    return [
-        f"{key} must be {type_name(hints[key])}, got {value!r}"
-        for key, value in values.items()
-        if not fits(value, hints[key])
-    ]
+    hints, values = get_type_hints(type(config)), vars(config)
+    wrong = [key for key in values if not fits(values[key], hints[key])]
+    return [f"{key} must be {type_name(hints[key])}, got {values[key]!r}" for key in wrong]
 
 
 def fits(value: Any, hint: Any) -> bool:

@@ -36,13 +36,11 @@ class LatentScaling:
         names = [field.name for field in fields(cls)]
         if not isinstance(values, Mapping) or set(values) != set(names):
             raise ValueError(f"expected the statistics {', '.join(names)}, got {values!r:.99}")
-        lists = {name: x if isinstance(x := values[name], list) else [x] for name in names}
-        numbers = [number for entries in lists.values() for number in entries]
-        if [] in lists.values() or not all(type(x) in (int, float) and abs(x) <= sys.float_info.max for x in numbers):
+        lists = [x if isinstance(x, list) else [x] for x in values.values()]
+        numbers = [number for entries in lists for number in entries]
+        if [] in lists or not all(type(x) in (int, float) and abs(x) <= sys.float_info.max for x in numbers):
             raise ValueError("statistics must be finite numbers, one or one a channel")
-        return cls(
-            **{name: tuple(map(float, x)) if isinstance(x := values[name], list) else float(x) for name in names}
-        )
+        return cls(**{name: tuple(map(float, x)) if isinstance(x, list) else float(x) for name, x in values.items()})
 
     def to_dict(self) -> dict[str, float | list[float]]:
         """Returns the four statistics as JSON can hold them."""

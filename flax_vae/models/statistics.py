@@ -78,10 +78,8 @@ class LatentStatistics:
 
     def summary(self) -> dict[str, Any]:
         """Returns count, mean and standard deviation of every channel, of the first frames and of the rest."""
-        parts = {"first": self.first, "rest": self.rest}
-        return {
-            name: {"count": m.count, "mean": m.mean, "std": m.std if m.count else None} for name, m in parts.items()
-        }
+        parts = {"first": self.first, "rest": self.rest}.items()
+        return {name: {"count": m.count, "mean": m.mean, "std": m.std if m.count else None} for name, m in parts}
 
     def scaling(self) -> LatentScaling:
         """Returns the scaling that brings these latents to mean 0 and standard deviation 1, channel by channel.

@@ -32,16 +32,10 @@ def batches(
 ) -> Iterator[np.ndarray]:
     """Yields batches (B, T, H, W, 3) without end; T is 1 for images, which are frames of videos where there are none.
 
-    Args:
-      entries: the videos and images.
-      config: what is drawn of them.
-      seed: of all draws.
-      start: number of the first batch.
-      broken: file that lists, a line a clip, what cannot be read or is too short, and is replaced by another clip.
-      share: (k, N) reads the k-th of N equal parts of every batch, counted from 0.
-
-    Raises:
-      ValueError: there is no video, N does not divide a batch, or MAX_TRIES clips in a row cannot be read.
+    `start` is the number of the first batch. The file `broken` lists, a line a clip, what cannot be read or is too
+    short, and is replaced by another clip. With the share (k, N) the k-th of N equal parts of every batch is read,
+    counted from 0. Raises ValueError where there is no video, N does not divide a batch, or MAX_TRIES clips in a row
+    cannot be read.
     """
     videos = [entry for entry in entries if entry.kind == "video"]
     images = [entry for entry in entries if entry.kind == "image"] or videos

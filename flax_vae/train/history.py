@@ -5,8 +5,7 @@ The contact sheet of a snapshot is pictures/{step}.png; what the report shows of
 """
 
 import json
-import math
-from array import array
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,11 +105,9 @@ def read_history(folder: Path) -> History:
 
 def read_columns(path: Path) -> dict[str, np.ndarray]:
     """Reads JSON lines of numbers as columns by name, NaN where a line has none; a torn last line is left out."""
-    columns: dict[str, array] = {}
-    count = 0
-    for count, line in enumerate(whole_lines(path), 1):
+    lines = list(whole_lines(path))
+    columns = defaultdict[str, np.ndarray](lambda: np.full(len(lines), np.nan))
+    for i, line in enumerate(lines):
         for name, value in json.loads(line).items():
-            column = columns.setdefault(name, array("d"))
-            column.extend([math.nan] * (count - 1 - len(column)))
-            column.append(math.nan if value is None else value)
-    return {name: np.array([*column, *[math.nan] * (count - len(column))]) for name, column in columns.items()}
+            columns[name][i] = np.nan if value is None else value
+    return dict(columns)

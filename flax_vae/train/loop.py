@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from flax_vae.families import registry
@@ -58,29 +59,16 @@ class Record:
     seconds: float
     waited: float
 
-    @property
-    def speed(self) -> dict[str, float]:
-        """Seconds, frames per second, and the share of the time that was spent waiting for data."""
-        speed, waited = self.frames / self.seconds, self.waited / self.seconds
-        return {"seconds": self.seconds, "frames_per_second": speed, "waited": waited}
-
 
 class Run:
     """A run in the folder `out`, new or continued from its last checkpoint.
 
     `with Run(config, source, out) as run: for record in run.steps(): ...`, then `run.save()`; leaving the loop stops
     the run. In a cluster every process makes the same `Run`, on a mesh of all devices, and reads its own clips of every
-    batch; process 0 writes everything but the checkpoints, which all write.
+    batch; process 0 writes everything but the checkpoints, which all write. A run may continue on another mesh.
 
-    Args:
-      config: the settings.
-      source: a folder of clips, or a manifest.
-      out: the folder of the run.
-      mesh: devices that share the work; a run may continue on another mesh.
-      fsdp: whether the devices of `data` shard the weights too.
-
-    Raises:
-      ValueError: the folder is of another config or in use, settings are not possible, or there is no clip.
+    The source is a folder of clips, or a manifest. With `fsdp` the devices of `data` shard the weights too. Raises
+    ValueError where the folder is of another config or in use, settings are not possible, or there is no clip.
     """
 
     def __init__(
@@ -156,10 +144,11 @@ class Run:
             self.state, metrics = self.trainer.step(self.state, frames, with_gan=self.config.gan.takes_part(step))
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             count = frames.shape[0] * frames.shape[1] * self.share[1]
-            record = Record(step, values, count, time.perf_counter() - began, waited)
+            took = time.perf_counter() - began
             if self.log is not None:
-                self.log.add(step, values | record.speed)
-            yield record
+                speed = {"seconds": took, "frames_per_second": count / took, "waited": waited / took}
+                self.log.add(step, values | speed)
+            yield Record(step, values, count, took, waited)
             returns = self._after(step + 1, values, returns)
 
     def save(self, quality: float = UNKNOWN_QUALITY) -> None:
@@ -173,21 +162,17 @@ class Run:
         if values["skipped"] >= MAX_SKIPPED:
             if returns == MAX_RETURNS:
                 raise ValueError(f"{self.out}: losses are not finite; lower the learning rate, or use float32")
-            self._go_back()
+            self.checkpoints.wait()
+            before = self.checkpoints.restore(self.state)
+            message = "%s: %d steps in a row were not finite; going back to the weights of step %d"
+            LOGGER.warning(message, self.out, MAX_SKIPPED, int(before.step))
+            self.state = replace(before, step=self.state.step)  # the position in the data stays
+            self.save()
             return returns + 1
         is_shown = done % self.config.picture_every == 0 or done == self.config.steps
         if is_shown or done % self.config.save_every == 0:
             self.save(self.draw() if is_shown else UNKNOWN_QUALITY)
         return 0 if values["skipped"] == 0 else returns
-
-    def _go_back(self) -> None:
-        """Restores everything but the position in the data from the last checkpoint."""
-        self.checkpoints.wait()
-        before = self.checkpoints.restore(self.state)
-        message = "%s: %d steps in a row were not finite; going back to the weights of step %d"
-        LOGGER.warning(message, self.out, MAX_SKIPPED, int(before.step))
-        self.state = replace(before, step=self.state.step)
-        self.save()
 
     def draw(self) -> float:
         """Draws the shown clips beside their reconstructions by the ema of the weights; returns the PSNR in dB."""
@@ -212,7 +197,7 @@ def check_config(path: Path, settings: dict[str, Any]) -> None:
     """Raises ValueError where the file holds other settings than these; those of earlier versions are translated."""
     if not path.exists():
         return
-    before, now = (flat(values) for values in (upgraded(read_json(path)), as_json(settings)))
+    before, now = (flatten_dict(values, sep=".") for values in (upgraded(read_json(path)), as_json(settings)))
     if changed := [name for name in before | now if before.get(name) != now.get(name)]:
         listed = "; ".join(f"{name} was {before.get(name)}, now {now.get(name)}" for name in changed)
         raise ValueError(f"{path.parent}: holds a run of another config ({listed}): go on as begun, or write elsewhere")
@@ -254,11 +239,3 @@ def with_init_std(model: VideoVAE, init_std: float | None) -> VideoVAE:
         if kernel.ndim > 1:
             kernel[...] *= (init_std or math.prod(kernel.shape[:-1]) ** -0.5) / INIT_STD
     return model
-
-
-def flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """Returns the values of nested dictionaries by their paths, as clips.batch."""
-    values: dict[str, Any] = {}
-    for name, value in tree.items():
-        values |= flat(value, f"{above}{name}.") if isinstance(value, dict) else {f"{above}{name}": value}
-    return values

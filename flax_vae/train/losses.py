@@ -5,7 +5,7 @@ training; R1 and LeCam are additions.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import reduce
 from operator import add
 from typing import Any
@@ -59,10 +59,11 @@ def r1(discriminator: Callable[[Any], Any], clips: Any) -> Scalar:
     """
 
     def total(clips: Any) -> Scalar:
-        return added([jnp.sum(part, dtype=accumulation_dtype(part)) for part in jax.tree.leaves(discriminator(clips))])
+        logits = jax.tree.leaves(discriminator(clips))
+        return reduce(add, [jnp.sum(part, dtype=accumulation_dtype(part)) for part in logits])
 
     parts = jax.tree.leaves(jax.grad(total)(clips))
-    return 0.5 * added([math.prod(part.shape[1:]) * mean(jnp.square(part)) for part in parts])
+    return 0.5 * reduce(add, [math.prod(part.shape[1:]) * mean(jnp.square(part)) for part in parts])
 
 
 def lecam(real: Array, fake: Array, ema_real: Array, ema_fake: Array) -> Scalar:
@@ -76,9 +77,4 @@ def lecam(real: Array, fake: Array, ema_real: Array, ema_fake: Array) -> Scalar:
 def averaged(term: Callable[..., Scalar], *clips: tuple[Array, ...]) -> Scalar:
     """Returns a term that is a mean over frames, of clips in parts: the mean of the parts, weighted by their frames."""
     frames = sum(part.shape[1] for part in clips[0])
-    return added([part[0].shape[1] / frames * term(*part) for part in zip(*clips, strict=True)])
-
-
-def added(terms: Sequence[Scalar]) -> Scalar:
-    """Returns the sum of terms, without a zero to start from."""
-    return reduce(add, terms)
+    return reduce(add, [part[0].shape[1] / frames * term(*part) for part in zip(*clips, strict=True)])

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
-from operator import getitem
+from operator import add, getitem
 from typing import Any, cast
 
 import jax
@@ -62,17 +62,9 @@ class TrainState:
 class Trainer:
     """Compiles and runs the steps of a run; holds nothing that changes.
 
-    Args:
-      config: of the run.
-      vae: the model to start from; like the others abstract, made by `nnx.eval_shape`, where only `lower` is called.
-      lpips: of the loss's perceptual term, if it has one.
-      discriminator: the one to start from, in place of random weights.
-      compiler_options: those of `jax.jit`.
-      mesh: devices that share the work.
-      fsdp: whether the devices of `data` shard the weights and the optimizer's state too.
-
-    Raises:
-      ValueError: the mesh does not divide the batches, or there is none for `fsdp`.
+    It starts from `vae`, and from `discriminator` or, without one, random weights. Modules are abstract, made by
+    `nnx.eval_shape`, where only `lower` is called. With `fsdp` the devices of `data` shard the weights and the
+    optimizer's state too. Raises ValueError where the mesh does not divide the batches, or there is none for `fsdp`.
     """
 
     def __init__(
@@ -105,7 +97,11 @@ class Trainer:
         options: dict[str, Any] = {"donate_argnames": "state", "compiler_options": compiler_options}
         if mesh is not None:
             check_mesh(mesh, config, vae, bool(jax.tree.leaves(self._counts)))
-            self._shardings = shardings(jax.eval_shape(self._start, *self._first), mesh, fsdp)
+            devices = mesh.shape["data"] if fsdp else 1  # that share a weight
+            self._shardings = jax.tree_util.tree_map_with_path(
+                lambda path, leaf: sharding(mesh, weights_spec(path, leaf, devices)),
+                jax.eval_shape(self._start, *self._first),
+            )
             options["out_shardings"] = self._shardings, sharding(mesh)
         self._compiled = jax.jit(lowered_for(mesh)(self._step), static_argnames="with_gan", **options)
 
@@ -197,7 +193,7 @@ class Trainer:
         chunk = self.config.chunk and self.config.chunk // vae.config.temporal_factor
         output = run_parts(vae, self._model.decode_chunk, latents, self.mesh, chunk)
         output = tuple(part.astype(self.loss_dtype) for part in output)
-        return (output, losses.added([posterior.kl() for posterior in posteriors])), nnx.state(vae, nnx.RngCount)
+        return (output, reduce(add, [posterior.kl() for posterior in posteriors])), nnx.state(vae, nnx.RngCount)
 
     def _reconstruction_loss(self, lpips, output, video):
         """Returns the loss, its terms, and its cotangent: the gradient by the reconstruction, in parts."""
@@ -237,12 +233,6 @@ def sampled(posteriors: Sequence[DiagonalGaussian], key: PRNGKeyArray, mesh: Mes
     b, _, *rest = posteriors[0].mean.shape
     noise = jax.random.normal(key, (b, sum(posterior.mean.shape[1] for posterior in posteriors), *rest), jnp.float32)
     return tuple(posterior.at(part) for posterior, part in zip(posteriors, split_parts(noise, mesh), strict=True))
-
-
-def shardings(state: TrainState, mesh: Mesh, fsdp: bool) -> Any:
-    """Returns the shardings of a state: replicated, except for weights that the devices of `data` shard with `fsdp`."""
-    devices = mesh.shape["data"] if fsdp else 1
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: sharding(mesh, weights_spec(path, leaf, devices)), state)
 
 
 def check_mesh(mesh: Mesh, config: TrainConfig, vae: VideoVAE, has_dropout: bool) -> None:

@@ -169,7 +169,7 @@ CASES = [
     layer("spatial-up-5-channels", (2, 3, 3, 4, 6), "SpatialUpsample", 6, 5),
     layer("temporal-up", (2, 3, 4, 5, 6), "TemporalUpsample", 6),
     layer("temporal-up-one-frame-5-channels", (2, 1, 4, 5, 6), "TemporalUpsample", 6, 5),
-    replace(function("posterior", (2, 2, 4, 3, 12), posterior_flax, posterior_torch), quick=False),
+    function("posterior", (2, 2, 4, 3, 12), posterior_flax, posterior_torch),
     tiled("last-merged", "up", 20, 26),
     tiled("last-as-long-as-stride", "up", 18, 14),
     tiled("odd-size", "down", 17, 23),

@@ -8,13 +8,10 @@ import torch_ref
 from flax_vae.families.pyramid import CausalVideoVAE, CausalVideoVAEConfig, narrow
 from flax_vae.layers.sequence import Execution
 from flax_vae.runtime.tile import LossyTiles, LossyTiling
-from parity.case import MODEL_TOLERANCE, Case, function, layer, named
+from parity.case import MANY_DRAWS, MODEL_TOLERANCE, Case, function, layer, named
 from torch_ref.families.pyramid import RELEASED_SCALINGS
 
 PLAIN = Execution()
-# Of rows with several norms: each divides errors by the deviation of its group, so that of few draws the one with the
-# flattest group decides, tens of times off in any order of sums.
-MANY_DRAWS = 16
 
 
 def scaling(variant: str, method: str) -> Case:

@@ -9,7 +9,7 @@ from flax import nnx
 
 from flax_vae.metrics import lpips
 from flax_vae.train import discriminator, losses
-from parity.case import MODEL_TOLERANCE, Case, function, layer
+from parity.case import MANY_DRAWS, MODEL_TOLERANCE, Case, function, layer
 from torch_ref.metrics import lpips as torch_lpips
 from torch_ref.train import discriminator as torch_discriminator
 from torch_ref.train import losses as torch_losses
@@ -69,7 +69,7 @@ def perceptual(name: str, shape: tuple, chunk: int | None = None, **kwargs) -> C
         call_flax=lambda module, x: {"distance": module(*jnp.split(50 * x, 2), chunk)},
         call_torch=lambda module, x: {"distance": module(*(50 * x).chunk(2))},
         tolerance=MODEL_TOLERANCE,
-        draws=8,
+        draws=MANY_DRAWS,
         **kwargs,
     )
 
@@ -80,6 +80,7 @@ def judge(name: str, shape: tuple, class_name: str, *args) -> Case:
         layer(name, shape, class_name),
         build_flax=lambda: getattr(discriminator, class_name)(*args, rngs=nnx.Rngs(0)),
         build_torch=lambda: getattr(torch_discriminator, class_name)(*args),
+        draws=MANY_DRAWS,
     )
 
 
@@ -94,7 +95,6 @@ def judging(row: Case, name: str) -> Case:
         name=name,
         call_flax=lambda module, x: outputs(module, losses, *jnp.split(x, 2)),
         call_torch=lambda module, x: outputs(module, torch_losses, *x.chunk(2)),
-        draws=8,
     )
 
 

@@ -313,12 +313,13 @@ def test_lossy_tiles_change_frames_larger_than_a_tile(run, checkpoints, tmp_path
 
 def test_memory_does_not_grow_with_the_length_of_a_clip(run, checkpoints, pixels, tmp_path, small_pieces):
     """Reads clips of 40 and of 400 frames in chunks, writes their pieces, and counts the bytes that numpy holds."""
+    import functools
     import tracemalloc
 
     from flax_vae.io.latents import About
     from flax_vae.io.video_writer import VideoWriter
     from flax_vae.jobs.clip import open_clip
-    from flax_vae.jobs.encode import LatentPieces
+    from flax_vae.jobs.encode import write_piece
     from flax_vae.jobs.job import Job
     from flax_vae.jobs.model import read_config
     from flax_vae.jobs.pieces import run as run_pieces
@@ -338,7 +339,7 @@ def test_memory_does_not_grow_with_the_length_of_a_clip(run, checkpoints, pixels
         about = About(16, 24, opened.fps, "c", "w")
         tracemalloc.start()
         with Job(tmp_path / f"latents{frames}", {}, False) as job:
-            run_pieces(job, step, opened.chunks(1), LatentPieces(job, about), Meter())
+            run_pieces(job, step, opened.chunks(1), functools.partial(write_piece, job, about), Meter())
             job.become()
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()

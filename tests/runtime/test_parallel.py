@@ -375,10 +375,10 @@ def test_stacked_frames_leave_the_batch_divided(stride):
     assert {each.kind for each in program(text(gradients.lower(x, kernel).compile())).exchanges} == {"all-reduce"}
 
 
-@pytest.mark.parametrize("text", ["height=2", "width=4"])
-def test_attention_in_parts_exchanges_pixels_and_no_scores(text, monkeypatch):
+@pytest.mark.parametrize("axes", ["height=2", "width=4"])
+def test_attention_in_parts_exchanges_pixels_and_no_scores(axes, monkeypatch):
     monkeypatch.setattr(attention, "MAX_SCORES", 20_000)
-    sharding = jax.NamedSharding(mesh_of(text), jax.P("data", "time", "height", "width"))
+    sharding = jax.NamedSharding(mesh_of(axes), jax.P("data", "time", "height", "width"))
     x = jax.ShapeDtypeStruct((1, 1, 16, 16, 8), jnp.float32, sharding=sharding)
     found = program(text(jax.jit(attention.attend, out_shardings=sharding).lower(x, x, x).compile())).exchanges
     assert {each.kind for each in found} <= {"all-gather", "all-reduce"}
