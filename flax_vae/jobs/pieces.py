@@ -29,6 +29,7 @@ class Chunk:
 
 Results = Iterator[tuple[Chunk, Any]]  # of the chunks of one piece, as they are computed
 
+
 def run(job: Job, step: Callable, chunks: Iterable[Chunk], write: Callable[[Results], None], meter: Meter) -> None:
     """Runs a step over the chunks that are left of a job, none if it is complete; writes and commits piece by piece."""
     results = streamed(step, ((chunk.data, chunk) for chunk in chunks), job.carry)
