@@ -13,9 +13,9 @@ from flax_vae.ops.window import Lowering, lowered
 
 LAYER_TOLERANCE, MODEL_TOLERANCE = 1e-12, 1e-10
 FEW_DRAWS = 3  # of inputs and weights
-# Of rows with several norms, each of which divides errors by the deviation of its group, or with kinks: their errors in
-# one precision differ much from draw to draw.
-MANY_DRAWS = 16
+# Of rows whose errors in one precision differ much from draw to draw: each of several norms divides them by the
+# deviation of its group; a value near a kink of leaky ReLU falls to either side.
+MANY_DRAWS, KINKED_DRAWS = 8, 16
 Outputs = dict[str, Any]
 
 

@@ -125,9 +125,10 @@ def run_flax(case: Case, draws: Sequence[Draw], dtype: str) -> list[Results]:
         outputs, pull_back = jax.vjp(forward, params, clip)
         return outputs, pull_back({name: pull(name, value) for name, value in outputs.items()})
 
-    every = []
+    every, module = [], ported(case, draws[0].weights, dtype)
     for x, weights in draws:
-        module = ported(case, weights, dtype)
+        if weights:
+            port.load(module, port.Arrays(weights), dtype)
         with jax.default_matmul_precision("highest"):
             outputs, grads = outputs_and_gradients(*nnx.split(module, nnx.Param, ...), jnp.asarray(x, dtype))
         results = {FORWARD: {name: torch_layout(value) for name, value in outputs.items()}}

@@ -6,7 +6,9 @@ import os
 
 import pytest
 
-from tests.memory import alone, bounded  # noqa: F401
+from tests.resources import alone, bounded, share  # noqa: F401
+
+share()
 
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}
 

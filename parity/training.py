@@ -25,7 +25,6 @@ from torch_ref.train.recipe import Recipe
 from torch_ref.train.step import Trainer as TorchTrainer
 
 Precision = Literal["float32", "float64"]
-QUICKLY = {"xla_backend_optimization_level": 1}  # compiled in half the time
 TOLERANCE = 1e-9  # relative, of what a step measures
 # Adam steps by what rounding leaves of gradients that are zero in theory, such as those of biases before a norm.
 WEIGHT_TOLERANCE = 1e-8
@@ -66,7 +65,7 @@ def run_flax(config: TrainConfig, precision: Precision, seeds: Sequence[int] = (
     """Trains flax_vae, on the batches of each seed from the start."""
     with jax.enable_x64(precision == "float64"), jax.default_matmul_precision("highest"):
         parts = {name: compare.ported(case, first_weights(case), precision) for name, case in cases(config).items()}
-        trainer = Trainer(replace(config, precision=cast(Any, precision)), **parts, compiler_options=QUICKLY)
+        trainer = Trainer(replace(config, precision=cast(Any, precision)), **parts)
         return [flax_trajectory(config, trainer, parts, seed) for seed in seeds]
 
 

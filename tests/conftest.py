@@ -11,6 +11,9 @@ import sys
 from fractions import Fraction
 from importlib.util import find_spec
 
+from tests.resources import alone, bounded, share  # noqa: F401
+
+share()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")  # for meshes; one is used otherwise
 
@@ -23,7 +26,6 @@ from flax import nnx
 from jax.core import Tracer
 
 from flax_vae.runtime.compiler_options import order_for_memory
-from tests.memory import alone, bounded  # noqa: F401
 
 order_for_memory()  # as the commands do
 if find_spec("beartype"):
@@ -43,9 +45,10 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish():
-    """Leaves what is there before the first test, most of it imported, out of all later collections of garbage."""
+    """Leaves what is there before the first test, most of it imported, out of collections of garbage, made rare."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -245,7 +248,6 @@ def run(capsys, monkeypatch, quick_call):
     pytest.importorskip("rich", reason="the command line needs rich")
     from flax_vae.cli import main
 
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # given, so it wins; empty, so there is none
     monkeypatch.setattr("flax_vae.runtime.stream._call", quick_call)
     monkeypatch.setattr("os._exit", sys.exit)
 

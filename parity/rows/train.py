@@ -9,7 +9,7 @@ from flax import nnx
 
 from flax_vae.metrics import lpips
 from flax_vae.train import discriminator, losses
-from parity.case import MANY_DRAWS, MODEL_TOLERANCE, Case, function, layer
+from parity.case import KINKED_DRAWS, MANY_DRAWS, MODEL_TOLERANCE, Case, function, layer
 from torch_ref.metrics import lpips as torch_lpips
 from torch_ref.train import discriminator as torch_discriminator
 from torch_ref.train import losses as torch_losses
@@ -80,7 +80,7 @@ def judge(name: str, shape: tuple, class_name: str, *args) -> Case:
         layer(name, shape, class_name),
         build_flax=lambda: getattr(discriminator, class_name)(*args, rngs=nnx.Rngs(0)),
         build_torch=lambda: getattr(torch_discriminator, class_name)(*args),
-        draws=MANY_DRAWS,
+        draws=KINKED_DRAWS,
     )
 
 
