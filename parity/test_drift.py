@@ -37,6 +37,7 @@ def rows(vae, reference, dtype="float64"):
     return compare_layers(vae, reference, random_clip(3, 6, 7, seed=1).astype(np.float32).astype(np.float64), dtype)
 
 
+@pytest.mark.slow
 def test_equal_models_do_not_depart(reference):
     found = rows(ours(reference), reference)
     assert len(found) > 50

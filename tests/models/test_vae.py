@@ -77,7 +77,7 @@ class Codec:
     decode: nnx.Module
 
 
-@pytest.fixture(scope="module", params=["float64", "float32"])
+@pytest.fixture(scope="module", params=["float64", pytest.param("float32", marks=pytest.mark.slow)])
 def codec(request, vae, jit):
     def encode(vae, x, carry):
         posterior, carry = vae.encode_chunk(x, carry)

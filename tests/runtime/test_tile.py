@@ -141,7 +141,7 @@ def test_tiles_of_latents_are_those_of_pixels(tiling, size):
 RATIOS = st.sampled_from([Fraction(1, 4), Fraction(1), Fraction(2)])
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(st.data(), RATIOS)
 def test_shares_in_every_pixel_sum_to_one(noise, data, ratio):
     tiling = data.draw(tilings(ratio.denominator, most=6))
@@ -151,7 +151,7 @@ def test_shares_in_every_pixel_sum_to_one(noise, data, ratio):
     assert close(tiled, local_step(ratio)(x, None)[0], 4)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(st.data(), RATIOS)
 def test_tiles_are_blended_as_the_public_algorithm_does(noise, data, ratio):
     tiling = data.draw(tilings(ratio.denominator, most=6))
@@ -356,6 +356,7 @@ def test_a_chunk_of_broken_latents_is_refused(lossy, chunk):
             lossy.decode(video()[..., :2], chunk)
 
 
+@pytest.mark.slow
 def test_psnr_is_that_of_tiles_against_none(vae, lossy):
     clip = video(3)
     tiled, whole = (model.decode(model.encode(clip, chunk=2).mode(), chunk=1) for model in (lossy, vae))
