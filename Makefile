@@ -17,7 +17,7 @@ check: .venv/installed
 	$(python) -m pyright
 
 parity: .venv/installed
-	$(python) -m pytest parity -n 2 -m "$(MARK)" --ledger parity-ledger.json
+	$(python) -m pytest parity -n 2 --dist worksteal -m "$(MARK)" --ledger parity-ledger.json
 	$(python) -m parity.ledger parity-ledger.json docs/parity.md
 
 .venv/installed: pyproject.toml constraints.txt

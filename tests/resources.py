@@ -10,7 +10,7 @@ import filelock
 import pytest
 
 MAX_RESIDENT = 2**31  # bytes of a process, above which it forgets what it has compiled
-COMPILED = Path(__file__).parents[1] / ".pytest_cache" / "compiled"
+COMPILED = Path(__file__).parents[1] / ".pytest_cache" / "d" / "compiled"  # where pytest.Cache.mkdir puts it
 
 
 def share() -> None:
