@@ -127,7 +127,7 @@ def run_flax(case: Case, draws: Sequence[Draw], dtype: str) -> list[Results]:
 
     every, module = [], ported(case, draws[0].weights, dtype)
     for x, weights in draws:
-        if weights:
+        if every and weights:
             port.load(module, port.Arrays(weights), dtype)
         with jax.default_matmul_precision("highest"):
             outputs, grads = outputs_and_gradients(*nnx.split(module, nnx.Param, ...), jnp.asarray(x, dtype))

@@ -14,7 +14,17 @@ from flax_vae.runtime.cluster import is_joined, leave
 from flax_vae.runtime.compiler_options import order_for_memory
 
 COMMANDS = ("info", "port", "encode", "decode", "reconstruct", "eval", "extract", "train", "export", "plan", "demo")
-EXTRAS = {"video": "av matplotlib", "torch": "torch", "train": "grain optax orbax", "tpu": "libtpu", "cli": "rich tyro"}
+EXTRAS = {
+    "av": "video",
+    "matplotlib": "video",
+    "torch": "torch",
+    "grain": "train",
+    "orbax": "train",
+    "optax": "train",
+    "libtpu": "tpu",
+    "rich": "cli",
+    "tyro": "cli",
+}
 SUMMARY = """Causal video VAEs in JAX: port a torch checkpoint, encode and decode video, measure what is lost, train.
 
 COMMAND --help explains each and shows an example. A good first one: flax-vae demo"""
@@ -96,6 +106,5 @@ def missing_package(error: ModuleNotFoundError) -> str:
     name = (error.name or "").split(".")[0]
     if name in ("parity", "torch_ref"):
         return f"this command needs the folder {name}/ of the repository: run it from a clone of flax_vae"
-    extra = next((extra for extra, packages in EXTRAS.items() if name in packages.split()), None)
-    wanted = f'"flax_vae[{extra}]"' if extra else name or str(error)
+    wanted = f'"flax_vae[{EXTRAS[name]}]"' if name in EXTRAS else name or str(error)
     return f"this command needs the package {name}: pip install {wanted}"
