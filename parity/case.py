@@ -31,6 +31,7 @@ class Case:
     call_torch: Callable[[Any, torch.Tensor], Outputs]
     tolerance: float = LAYER_TOLERANCE
     slow: bool = False
+    slow_rounded: bool = False  # slow in float32 and bfloat16, where other rows stand for it
     large: bool = False  # takes several GiB
     gradients: bool = True
     draws: int = FEW_DRAWS  # in float32 and bfloat16, whose errors are partly luck

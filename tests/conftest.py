@@ -8,6 +8,7 @@ import inspect
 import os
 import signal
 import sys
+from dataclasses import replace
 from fractions import Fraction
 from importlib.util import find_spec
 
@@ -187,12 +188,12 @@ def python_signals():
 def checkpoints(tmp_path_factory):
     """Holds `vae`, a checkpoint of random weights, `again` with other weights, and `other` with another config."""
     from flax_vae import CausalVideoVAE
-    from flax_vae.families.pyramid import narrow
     from flax_vae.io import checkpoint, port
+    from tests.little import THREE_BLOCKS
 
     folder = tmp_path_factory.mktemp("checkpoints")
-    for name, seed, widths in (("vae", 1, (4, 4, 8, 8)), ("again", 2, (4, 4, 8, 8)), ("other", 1, (4, 4, 4, 8))):
-        config = narrow(widths, groups=2, encoder_layers=1, decoder_layers=1)
+    other = replace(THREE_BLOCKS, encoder_block_out_channels=(4, 6, 6))
+    for name, seed, config in (("vae", 1, THREE_BLOCKS), ("again", 2, THREE_BLOCKS), ("other", 1, other)):
         shapes = port.parameters(nnx.eval_shape(lambda config=config: CausalVideoVAE(config, rngs=nnx.Rngs(0))))
         rng = np.random.default_rng(seed)
         drawn = {key: (0.2 * rng.standard_normal(p.torch_shape)).astype(np.float32) for key, p in shapes.items()}

@@ -77,6 +77,7 @@ def tiled(name: str, direction: str, height: int, width: int, tile: int = 8, ove
         call_flax=lambda layer, x: {"y": in_lossy_tiles(layer, ours, ratio)(x, None)[0]},
         call_torch=lambda layer, x: {"y": torchs.join(torchs.cut(x, factor, layer), overlap // 2 * factor)},
         slow=slow,
+        slow_rounded=True,
     )
 
 
@@ -130,10 +131,10 @@ CASES = [
     computed("per_frame", causal("3x3x3", 3)),
     computed("per_frame", layer("causal-3x3x3-110-channels", (2, 5, 9, 8, 6), "CausalConv3d", 6, 110, 3)),
     computed("per_frame", causal("2x5x3-stride-2x3x2", (2, 5, 3), (2, 3, 2), shape=(2, 7, 8, 9, 6))),
-    computed("per_frame", causal("stride-1x2x2", 3, (1, 2, 2))),
-    computed("per_frame", causal("stride-2x1x1", 3, (2, 1, 1))),
+    replace(computed("per_frame", causal("stride-1x2x2", 3, (1, 2, 2))), slow=True),
+    replace(computed("per_frame", causal("stride-2x1x1", 3, (2, 1, 1))), slow=True),
     computed("per_frame", causal("dilation-2", 3, dilation=2, shape=(2, 7, 7, 9, 6))),
-    computed("per_frame", causal("clip-shorter-than-kernel", (5, 3, 3), shape=(2, 2, 3, 4, 6))),
+    replace(computed("per_frame", causal("clip-shorter-than-kernel", (5, 3, 3), shape=(2, 2, 3, 4, 6))), slow=True),
     computed("stacked", causal("3x3x3", 3)),
     computed("stacked", causal("2x5x3-stride-2x3x2", (2, 5, 3), (2, 3, 2), shape=(2, 7, 8, 9, 6))),
     computed("stacked", causal("stride-1x2x2", 3, (1, 2, 2))),
@@ -158,7 +159,7 @@ CASES = [
     layer("resnet", (2, 3, 5, 6, 8), "CausalResnetBlock", 8, None, 4),
     layer("resnet-shortcut", (2, 3, 5, 6, 8), "CausalResnetBlock", 8, 12, 4),
     layer("resnet-output-scale", (1, 4, 6, 5, 8), "CausalResnetBlock", 8, 12, 4, output_scale_factor=1.7),
-    layer("resnet-one-frame", (3, 1, 4, 5, 8), "CausalResnetBlock", 8, 4, 2),
+    replace(layer("resnet-one-frame", (3, 1, 4, 5, 8), "CausalResnetBlock", 8, 4, 2), slow_rounded=True),
     layer("spatial-down", (2, 3, 7, 6, 6), "SpatialDownsample", 6),
     layer("spatial-down-8-channels", (2, 3, 6, 5, 6), "SpatialDownsample", 6, 8),
     layer("spatial-down-pooled", (2, 3, 7, 6, 6), "SpatialDownsample", 6, use_conv=False),

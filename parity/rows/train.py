@@ -74,13 +74,14 @@ def perceptual(name: str, shape: tuple, chunk: int | None = None, **kwargs) -> C
     )
 
 
-def judge(name: str, shape: tuple, class_name: str, *args) -> Case:
+def judge(name: str, shape: tuple, class_name: str, *args, **kwargs) -> Case:
     """A row for a discriminator."""
     return replace(
         layer(name, shape, class_name),
         build_flax=lambda: getattr(discriminator, class_name)(*args, rngs=nnx.Rngs(0)),
         build_torch=lambda: getattr(torch_discriminator, class_name)(*args),
         draws=KINKED_DRAWS,
+        **kwargs,
     )
 
 
@@ -113,9 +114,16 @@ CASES = [
     adaptive("adaptive-weight-at-most-10000", 1e5),
     perceptual("lpips", (2, 2, 17, 20, 3), slow=True),
     perceptual("lpips-chunks", (2, 3, 16, 16, 3), chunk=2, slow=True),
-    FRAMES_JUDGE,
+    replace(FRAMES_JUDGE, slow_rounded=True),
     CAUSAL_JUDGE,
-    judge("discriminator-causal-one-frame", (2, 1, 12, 16, 3), "CausalPatchDiscriminator", (4, 6, 8), 2),
+    judge(
+        "discriminator-causal-one-frame",
+        (2, 1, 12, 16, 3),
+        "CausalPatchDiscriminator",
+        (4, 6, 8),
+        2,
+        slow_rounded=True,
+    ),
     judging(FRAMES_JUDGE, "discriminator-frames-losses"),
     replace(judging(CAUSAL_JUDGE, "discriminator-causal-losses"), slow=True),
 ]  # fmt: skip

@@ -75,7 +75,7 @@ def test_port_keeps_every_bit(run, checkpoints, tmp_path):
     before, after = tensors(checkpoints / "vae"), tensors(tmp_path / "ported")
     assert before.keys() == after.keys()
     assert all(before[key].tobytes() == after[key].tobytes() for key in before)
-    assert json.loads((tmp_path / "ported/config.json").read_text())["encoder_block_out_channels"] == [4, 4, 8, 8]
+    assert json.loads((tmp_path / "ported/config.json").read_text())["encoder_block_out_channels"] == [4, 4, 6]
 
 
 def test_port_rounds_to_the_precision_asked_for_and_keeps_it_from_then_on(run, checkpoints, tmp_path):

@@ -66,6 +66,7 @@ def whole_steps(models, noise):
     return [gradient_step(vae, noise((1, 9, 32, 32, 3))) for vae in models]
 
 
+@pytest.mark.slow
 def test_values_gradients_and_random_state_equal_the_plain_ones(whole_steps):
     (_, expected), (_, results) = whole_steps
     check_equal(results, expected)
@@ -74,6 +75,7 @@ def test_values_gradients_and_random_state_equal_the_plain_ones(whole_steps):
     assert sum(np.abs(leaf).max() > 1e-6 for leaf in jax.tree.leaves(gradients)) > 90
 
 
+@pytest.mark.slow
 def test_remat_takes_less_memory(whole_steps, models, noise, monkeypatch):
     (plain, _), (remat, _) = whole_steps
     assert remat < 0.78 * plain  # 0.74; of the encoder or the decoder alone 0.82 and more

@@ -87,6 +87,10 @@ def clip(noise):
 @pytest.fixture(scope="module")
 def whole(vae, clip, jit):
     """Returns the posterior of the clip, and its latents decoded, on one device."""
+    return coded(vae, clip, jit)
+
+
+def coded(vae, clip, jit):
     encode, decode = (jit(function, vae) for function in (CausalVideoVAE.encode, CausalVideoVAE.decode))
     posterior = encode(clip)
     return posterior, decode(posterior.mean)
@@ -96,14 +100,22 @@ def apart(a, b):
     return float(np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(b).max())
 
 
-@pytest.mark.parametrize("text", [MIXED, *(pytest.param(text, marks=slow) for text in MESHES if text != MIXED)])
-def test_a_clip_on_a_mesh_is_that_of_one_device(vae, clip, whole, text):
-    posterior, video = whole
-    mesh = mesh_of(text)
+def check_mesh(mesh, vae, clip, posterior, video):
     found = sharded.encode(vae, clip, mesh)
     assert apart(found.mean, posterior.mean) < TOLERANCE
     assert apart(found.logvar, posterior.logvar) < TOLERANCE
     assert apart(sharded.decode(vae, posterior.mean, mesh), video) < TOLERANCE
+
+
+@slow
+@pytest.mark.parametrize("text", MESHES)
+def test_a_clip_on_a_mesh_is_that_of_one_device(vae, clip, whole, text):
+    check_mesh(mesh_of(text), vae, clip, *whole)
+
+
+def test_a_clip_on_a_mesh_of_three_axes_is_that_of_one_device(little, noise, jit):
+    clip = noise((2, frames_of(5), 8, 6, 3))
+    check_mesh(mesh_of(MIXED), little, clip, *coded(little, clip, jit))
 
 
 @pytest.fixture(scope="module")
@@ -135,36 +147,32 @@ def carried(monkeypatch):
     return found
 
 
-def reconstructed(vae, clip, mesh, jit):
-    """Returns by name what a clip is encoded and decoded to, and the gradients of a loss by parameters and pixels."""
+def run_and_gradients(vae, step, clip, mesh, jit):
+    """Returns by name what a step makes of a clip, and the gradients of a loss by parameters and clip."""
 
     def loss(state, parts, structure):
-        vae = nnx.merge(structure, state)
         with parallel.lowered_for(mesh):
-            posteriors = parallel.run_parts(vae, CausalVideoVAE.encode_chunk, parts, mesh)
-            means = tuple(posterior.mean for posterior in posteriors)
-            videos = parallel.run_parts(vae, CausalVideoVAE.decode_chunk, means, mesh)
-        logvars = tuple(posterior.logvar for posterior in posteriors)
-        total = sum(jnp.square(x).sum() for x in (*videos, *logvars))
-        return total, {"mean": means, "logvar": logvars, "video": videos}
+            results = parallel.run_parts(nnx.merge(structure, state), step, parts, mesh)
+        return sum(jnp.square(x).sum() for x in jax.tree.leaves(results)), results
 
     def run(vae, parts):
         structure, state = nnx.split(vae)
         return jax.value_and_grad(loss, (0, 1), has_aux=True)(state, parts, structure)
 
     parts = (clip,) if mesh is None else parallel.shard(clip, mesh)
-    (total, clips), (by_parameters, by_pixels) = jit(run, vae)(parts)
-    clips = {name: joined(x) for name, x in (*clips.items(), ("gradient by pixels", by_pixels))}
-    weights = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(by_parameters)}
-    return jax.device_get({"loss": total, **clips, **weights})
+    (total, results), (by_parameters, by_clip) = jit(run, vae)(parts)
+    found = {"loss": total, "result": joined(results), "gradient by clip": joined(by_clip), "gradients": by_parameters}
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(jax.device_get(found))}
 
 
 @pytest.mark.parametrize("devices", [4, 8])
+@pytest.mark.parametrize("way", [pytest.param("encode", marks=slow), "decode"])
 def test_a_clip_of_one_latent_a_device_and_its_gradients_are_those_of_one_device(
-    little, short_clip, jit, carried, devices
+    little, short_clip, noise, jit, carried, devices, way
 ):
-    clip = short_clip(1 + devices)
-    expected, found = (reconstructed(little, clip, mesh, jit) for mesh in (None, mesh_of(f"time={devices}")))
+    clip = short_clip(1 + devices) if way == "encode" else noise((2, 1 + devices, 2, 3, 2))
+    step = getattr(CausalVideoVAE, f"{way}_chunk")
+    expected, found = (run_and_gradients(little, step, clip, mesh, jit) for mesh in (None, mesh_of(f"time={devices}")))
     assert (2, 1) in carried  # two frames, which come from two devices
     largest = max(np.abs(value).max() for value in expected.values())
     for name, value in expected.items():

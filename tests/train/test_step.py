@@ -73,7 +73,7 @@ def differing(state, other):
 CHANGING = {"parameters", "ema", "optimizer", "discriminator", "discriminator_optimizer", "ema_logits"}
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("value", [np.nan, pytest.param(np.inf, marks=pytest.mark.slow)])
 def test_batch_that_is_not_finite_changes_nothing_and_is_counted(trainer, value):
     state, _ = trainer.step(trainer.start(), frames(), with_gan=True)
     before = copied(state)
