@@ -42,6 +42,11 @@ LAYERS = {
 }
 STREAMED = [name for name in LAYERS if name != "spatial down by pooling"]  # which sees one frame at a time
 every_layer = pytest.mark.parametrize("name", LAYERS)
+# Down and up blocks are residual blocks and resamplers, one after the other, each of them checked by itself.
+COMPOSED = ("down block", "up block")
+every_layer_composed_slow = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in COMPOSED)) for name in LAYERS]
+)
 
 
 def clip(noise, batch=2, frames=FRAMES, seed=1):
@@ -96,7 +101,7 @@ def weighted_sum(run, noise):
     return nnx.grad(loss, argnums=(0, 1))
 
 
-@every_layer
+@every_layer_composed_slow
 def test_gradients_of_chunks_are_those_of_the_whole_and_finite(name, randomized, noise, stream, jit):
     layer = randomized(LAYERS[name])
     of_whole = jit(weighted_sum(lambda layer, x: layer(x), noise), layer)
@@ -125,7 +130,7 @@ def test_prefix_of_clip_gives_prefix_of_outputs(name, compiled, noise):
     assert apart(prefix, whole[:, : prefix.shape[1]]) < 1e-12
 
 
-@every_layer
+@every_layer_composed_slow
 def test_compiled_layer_is_the_eager_one(name, compiled, randomized, noise):
     x = clip(noise)
     eager, jitted = randomized(LAYERS[name])(x), compiled(name)(x, None)
@@ -133,7 +138,7 @@ def test_compiled_layer_is_the_eager_one(name, compiled, randomized, noise):
         assert apart(got, wanted) < 1e-12
 
 
-@every_layer
+@every_layer_composed_slow
 def test_each_item_of_a_batch_is_computed_as_if_alone(name, randomized, noise, stream, jit):
     def both_ways(layer, x):
         return jax.vmap(lambda item: stream(layer, item[None], [4, 3])[0][0])(x), stream(layer, x, [4, 3])[0]
@@ -196,7 +201,7 @@ def test_attention_is_among_the_pixels_of_one_frame(randomized, noise):
     assert apart(y, attention(np.asarray(x), layer)) > 1e-3
 
 
-@pytest.mark.parametrize("most", [1500, 200, 1])
+@pytest.mark.parametrize("most", [pytest.param(1500, marks=pytest.mark.slow), 200, 1])
 def test_attention_in_parts_of_columns_is_the_same(most, randomized, noise, monkeypatch):
     layer, x = randomized(lambda rngs: Attention(CHANNELS, 2, rngs=rngs)), noise((2, 3, 4, 6, CHANNELS))
 

@@ -50,10 +50,13 @@ def gradients(window: Window, x: jax.Array, kernel: jax.Array) -> Any:
 
 
 LOWERINGS = [(lowering, name, (3, 4)) for lowering in ("per_frame", "stacked") for name in CASES]
-LOWERINGS += [("winograd", name, (3, 4)) for name in ("causal", "carried", "before-the-end", "frames-of-odd-size")]
-LOWERINGS += [  # fewer inputs, of all time taps together, than outputs
-    ("per_frame", name, (1, 8))
-    for name in ("causal", "before-the-end", "down-by-2-and-3", "dilated", "longer-than-the-clip")
+LOWERINGS += [("winograd", name, (3, 4)) for name in ("causal", "frames-of-odd-size")]
+LOWERINGS += [pytest.param("winograd", name, (3, 4), marks=pytest.mark.slow) for name in ("carried", "before-the-end")]
+# fewer inputs, of all time taps together, than outputs
+LOWERINGS += [("per_frame", name, (1, 8)) for name in ("causal", "down-by-2-and-3")]
+LOWERINGS += [
+    pytest.param("per_frame", name, (1, 8), marks=pytest.mark.slow)
+    for name in ("before-the-end", "dilated", "longer-than-the-clip")
 ]
 
 
@@ -68,7 +71,13 @@ def test_each_lowering_gives_what_xla_gives(lowering, name, channels):
         np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name not in ("causal", "carried", "down-by-2-and-3", "dilated")))
+        for name in CASES
+    ],
+)
 def test_large_frames_give_what_xla_gives(name, monkeypatch):
     monkeypatch.setattr(
         per_frame, "CACHE_PIXELS", 20
