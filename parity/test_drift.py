@@ -69,15 +69,17 @@ def lost_shortcut(vae):
     block.conv_shortcut.conv.bias[...] *= 0
 
 
+BREAKS = [
+    (wrong_eps, "decoder.up_blocks.0.resnets.1.norm2", "eps is 1e-5"),
+    (wrong_weight, "encoder.mid_block.attentions.0", "none of the known mistakes"),
+    (symmetric_time, "encoder.down_blocks.1.resnets.0.conv1", "padded on both sides"),
+    (swapped_axes, "encoder.conv_in", "height and width are swapped"),
+    (lost_shortcut, "decoder.up_blocks.1.resnets.0.conv_shortcut", "none of the known mistakes"),
+]
+
+
 @pytest.mark.parametrize(
-    ("break_it", "path", "cause"),
-    [
-        (wrong_eps, "decoder.up_blocks.0.resnets.1.norm2", "eps is 1e-5"),
-        (wrong_weight, "encoder.mid_block.attentions.0", "none of the known mistakes"),
-        (symmetric_time, "encoder.down_blocks.1.resnets.0.conv1", "padded on both sides"),
-        (swapped_axes, "encoder.conv_in", "height and width are swapped"),
-        (lost_shortcut, "decoder.up_blocks.1.resnets.0.conv_shortcut", "none of the known mistakes"),
-    ],
+    ("break_it", "path", "cause"), [BREAKS[0], *(pytest.param(*each, marks=pytest.mark.slow) for each in BREAKS[1:])]
 )
 def test_the_departing_layer_and_its_cause_are_named(reference, break_it, path, cause):
     vae = ours(reference)

@@ -68,7 +68,9 @@ def check(name: str, ours: list) -> None:
     assert error <= MODEL_TOLERANCE, f"{name}: relative error {error:.2e} exceeds {MODEL_TOLERANCE:.0e}"
 
 
-@pytest.mark.parametrize("plan", [pytest.param((3,), marks=pytest.mark.slow), (1, 2), SINGLE], ids=str)
+@pytest.mark.parametrize(
+    "plan", [(1, 2), *(pytest.param(plan, marks=pytest.mark.slow) for plan in ((3,), SINGLE))], ids=str
+)
 def test_streams_equal_torchs_whole_clip(vae, plan: tuple[int, ...]):
     means = [posterior.mean for posterior in stream.encode(vae, cut(clip(), plan, frames=True))]
     check("mean", means)
@@ -114,7 +116,9 @@ def shifted(carries: list):
 
 
 @pytest.mark.parametrize("name", ["mean", "video"])
-@pytest.mark.parametrize("spoil", [zeros, stale, shifted])
+@pytest.mark.parametrize(
+    "spoil", [pytest.param(zeros, marks=pytest.mark.slow), pytest.param(stale, marks=pytest.mark.slow), shifted]
+)
 def test_a_wrong_carry_is_noticed(vae, name: str, spoil):
     check(name, run(vae, name, right))
     with pytest.raises(AssertionError, match="relative error"):

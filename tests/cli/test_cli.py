@@ -282,7 +282,9 @@ def full_disk():
 
 
 @pytest.mark.parametrize("command", ["encode", "reconstruct"])
-@pytest.mark.parametrize("size", [400, 1700, 6000, 40_000])
+@pytest.mark.parametrize(
+    "size", [pytest.param(400, marks=pytest.mark.slow), 1700, pytest.param(6000, marks=pytest.mark.slow), 40_000]
+)
 def test_a_full_disk_ends_in_a_clear_error_and_nothing_half_written(
     run, checkpoints, clip, tmp_path, contents, small_pieces, full_disk, command, size
 ):

@@ -102,7 +102,7 @@ def at_any_moment(run, command_line, power, tmp_path, contents):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # what is cleaned up when all is over
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", ["encode", pytest.param("decode", marks=pytest.mark.slow), "reconstruct"])
 def test_a_command_stopped_at_some_moment_and_once_more_writes_the_same_bytes(at_any_moment, command):
     at_any_moment(command, 6)
 
@@ -272,7 +272,7 @@ def test_going_on_with_another_clip_of_the_same_name_is_refused(run, begun, soun
 
 
 @pytest.mark.parametrize("command", ["encode", "reconstruct"])
-@pytest.mark.parametrize("frames", [9, 17])
+@pytest.mark.parametrize("frames", [9, pytest.param(17, marks=pytest.mark.slow)])
 def test_fewer_frames_than_are_done_are_refused_and_more_are_not(run, begun, command, frames):
     args = begun(command)
     code, _, err = run(*args, "--frames", frames, "--resume")

@@ -148,7 +148,7 @@ def length(carry):
     return 0 if isinstance(carry, tuple) else carry.shape[1]
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(streams())
 def test_chunks_give_the_whole(noise, randomized, stream, jit, case):
     options, plan = case
@@ -171,7 +171,7 @@ def test_carry_keeps_only_what_the_next_outputs_need(case, more):
     assert length(carry) <= max(span(options), stride) - 1
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(streams(modes=["constant", "replicate"]), st.data())  # a reflection shows the first frames what comes after them
 def test_no_output_sees_a_later_frame(noise, randomized, jit, case, data):
     options, plan = case

@@ -41,12 +41,18 @@ LAYERS = {
     "up block": lambda rngs: UpBlock(CHANNELS, 8, 1, 2, temporal_upsample=True, rngs=rngs),
 }
 STREAMED = [name for name in LAYERS if name != "spatial down by pooling"]  # which sees one frame at a time
-every_layer = pytest.mark.parametrize("name", LAYERS)
 # Down and up blocks are residual blocks and resamplers, one after the other, each of them checked by itself.
 COMPOSED = ("down block", "up block")
-every_layer_composed_slow = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in COMPOSED)) for name in LAYERS]
-)
+
+
+def each(names):
+    """Parametrizes a test by names of layers; those of composed ones are slow."""
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in COMPOSED)) for name in names]
+    )
+
+
+every_layer = each(LAYERS)
 
 
 def clip(noise, batch=2, frames=FRAMES, seed=1):
@@ -83,7 +89,7 @@ def test_chunks_give_the_whole(name, compiled, noise, stream, plan):
     assert jax.tree.structure(last) == jax.tree.structure(carry)
 
 
-@pytest.mark.parametrize("name", STREAMED)
+@each(STREAMED)
 @pytest.mark.parametrize(
     "tamper", [jnp.zeros_like, lambda carry: jnp.roll(carry, 1, axis=2)], ids=["zeroed", "a row off"]
 )
@@ -101,7 +107,7 @@ def weighted_sum(run, noise):
     return nnx.grad(loss, argnums=(0, 1))
 
 
-@every_layer_composed_slow
+@every_layer
 def test_gradients_of_chunks_are_those_of_the_whole_and_finite(name, randomized, noise, stream, jit):
     layer = randomized(LAYERS[name])
     of_whole = jit(weighted_sum(lambda layer, x: layer(x), noise), layer)
@@ -130,7 +136,7 @@ def test_prefix_of_clip_gives_prefix_of_outputs(name, compiled, noise):
     assert apart(prefix, whole[:, : prefix.shape[1]]) < 1e-12
 
 
-@every_layer_composed_slow
+@every_layer
 def test_compiled_layer_is_the_eager_one(name, compiled, randomized, noise):
     x = clip(noise)
     eager, jitted = randomized(LAYERS[name])(x), compiled(name)(x, None)
@@ -138,7 +144,7 @@ def test_compiled_layer_is_the_eager_one(name, compiled, randomized, noise):
         assert apart(got, wanted) < 1e-12
 
 
-@every_layer_composed_slow
+@every_layer
 def test_each_item_of_a_batch_is_computed_as_if_alone(name, randomized, noise, stream, jit):
     def both_ways(layer, x):
         return jax.vmap(lambda item: stream(layer, item[None], [4, 3])[0][0])(x), stream(layer, x, [4, 3])[0]

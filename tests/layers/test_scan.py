@@ -152,8 +152,8 @@ def wholes(vae, noise, jit):
 @pytest.mark.parametrize(
     ("frames", "chunk", "dtype"),
     [
-        (1, 4, "float64"),
-        (9, 16, "float64"),
+        pytest.param(1, 4, "float64", marks=pytest.mark.slow),
+        pytest.param(9, 16, "float64", marks=pytest.mark.slow),
         (17, 4, "float64"),
         pytest.param(13, 8, "float64", marks=pytest.mark.slow),
         pytest.param(17, 4, "float32", marks=pytest.mark.slow),

@@ -225,6 +225,7 @@ def test_a_signal_that_comes_while_processes_agree_counts_after_the_next_step(mo
     assert stop.signal == signal.SIGTERM
 
 
+@pytest.mark.slow
 def test_processes_that_wait_in_vain_say_so(hosts, vae, clips):
     words = "extract", clips, hosts.folder / "out", "--weights", vae
     where = "--processes", 2, "--wait", 3, "--coordinator"
@@ -241,6 +242,7 @@ def test_a_part_and_a_cluster_are_too_much(run, vae, clips, tmp_path):
     assert "--part 1/2: in a cluster each process does the part of its number" in err
 
 
+@pytest.mark.slow
 def test_two_processes_extract_what_one_does(hosts, run, vae, clips):
     one, two = (hosts.folder / name for name in ("one", "two"))
     assert run("extract", clips, one, "--weights", vae)[0] == 0

@@ -31,6 +31,7 @@ def temporary_bytes(ordered: bool) -> int:
     return int(subprocess.run(command, env=variables, capture_output=True, text=True, check=True).stdout)
 
 
+@pytest.mark.slow
 def test_a_program_takes_less_memory():
     assert temporary_bytes(ordered=True) < 0.9 * temporary_bytes(ordered=False)
 

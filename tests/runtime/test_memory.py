@@ -133,6 +133,7 @@ def test_the_weights_the_carry_and_the_result_are_counted(steps, needed, monkeyp
     assert needed("decode", 1) > weights + 2 * plan.tree_bytes(video) + 3 * plan.tree_bytes(carry)
 
 
+@pytest.mark.slow
 def test_a_real_model_is_given_the_largest_chunk_that_fits(needed):
     enough = needed("decode", 2)
     assert largest(lambda n: needed("decode", n), enough, 4) == 2

@@ -301,7 +301,8 @@ def scratch(module, function, x):
     return memory(program).temp_size_in_bytes
 
 
-@pytest.mark.parametrize(("size", "shapes"), [(56, 1), pytest.param(53, 4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "shapes"), [(56, 1), (53, 4)])
 def test_nine_tiles_take_a_fraction_of_the_memory(vae, size, shapes):
     tiling, clip = LossyTiling(24, 8), video(5, size, size)
     assert len(tiling.spans(size)) == 3

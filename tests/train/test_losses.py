@@ -124,6 +124,7 @@ def test_features_of_length_zero_have_a_finite_gradient():
     assert np.isfinite(gradient).all()
 
 
+@pytest.mark.slow
 def test_lpips_in_chunks_is_lpips_of_the_whole(distance_and_gradient, noise):
     clips = noise((1, 3, 16, 18, 3)), noise((1, 3, 16, 18, 3), 1)
     (whole, gradient), (chunked, its) = (distance_and_gradient[chunk](*clips) for chunk in (None, 2))
