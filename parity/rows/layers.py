@@ -47,17 +47,21 @@ def posterior_outputs(posterior, sample) -> Outputs:
     }
 
 
+def noise(shape: tuple[int, ...]) -> np.ndarray:
+    """Draws what a sample of the posterior takes, B t h w z."""
+    return np.random.default_rng(7).standard_normal(shape, np.float32)
+
+
 def posterior_flax(moments) -> Outputs:
     posterior = DiagonalGaussian.from_moments(12 * moments)
-    sample = posterior.sample(jax.random.key(7))
+    sample = posterior.at(jnp.asarray(noise(posterior.mean.shape)))
     return posterior_outputs(posterior, sample)
 
 
 def posterior_torch(moments) -> Outputs:
     posterior = TorchGaussian(12 * moments)
     b, c, t, h, w = posterior.mean.shape
-    noise = torch.from_numpy(np.array(jax.random.normal(jax.random.key(7), (b, t, h, w, c), jnp.float32)))
-    sample = posterior.sample(noise.permute(0, 4, 1, 2, 3).to(moments))
+    sample = posterior.sample(torch.from_numpy(noise((b, t, h, w, c))).permute(0, 4, 1, 2, 3).to(moments))
     return posterior_outputs(posterior, sample)
 
 
