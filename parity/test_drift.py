@@ -99,6 +99,7 @@ def test_lost_precision_is_named(reference):
     assert "rounded to bfloat16" in text
 
 
+@pytest.mark.slow
 def test_the_command_compares_a_checkpoint_and_tells_by_its_exit_code(reference, tmp_path, capsys):
     pytest.importorskip("rich", reason="the command prints with rich")
     reference.float().save_pretrained(tmp_path)

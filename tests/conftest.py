@@ -16,8 +16,8 @@ from tests.resources import alone, bounded, share  # noqa: F401
 
 share()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Eight devices for meshes; one is used otherwise. Level 1 makes code as fast as the default, and that of random draws in
-# a tenth of the time.
+# Eight devices for meshes; one is used otherwise. Code of level 1 is as fast as that of the default, and that of random
+# draws is made in a tenth of the time.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1")
 
 import jax

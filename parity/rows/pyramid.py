@@ -135,7 +135,7 @@ CASES = [
     *(block("down", index, DOWN_STEPS, (1, 5, 6, 5), slow=index % 2 == 1) for index in range(4)),
     layer("down-block-plain", (1, 3, 4, 5, 8), "DownBlock", 8, 12, 1, 4, spatial_downsample=False),
     layer("mid-block", (2, 3, 4, 5, 32), "MidBlock", 32, 8),
-    *(block("up", index, UP_STEPS, (1, 2, 4, 3), slow=index in (1, 2)) for index in range(4)),
+    *(block("up", index, UP_STEPS, (1, 2, 4, 3), slow=index != 3) for index in range(4)),
     layer("up-block-plain", (1, 3, 4, 5, 8), "UpBlock", 8, 12, 1, 4, spatial_upsample=False),
     part("encoder", "Encoder", NARROW, (1, 9, 9, 16, 3), slow=True),
     part("decoder", "Decoder", NARROW, (1, 2, 3, 2, 16), slow=True),

@@ -124,6 +124,6 @@ CASES = [
         2,
         slow_rounded=True,
     ),
-    judging(replace(FRAMES_JUDGE, slow_rounded=True), "discriminator-frames-losses"),
+    judging(replace(FRAMES_JUDGE, slow=True), "discriminator-frames-losses"),
     replace(judging(CAUSAL_JUDGE, "discriminator-causal-losses"), slow=True),
 ]  # fmt: skip

@@ -255,7 +255,7 @@ def test_wrong_input_is_named_in_one_paragraph_and_leaves_no_trace(
     assert contents(inputs) == before
 
 
-@pytest.mark.parametrize("command", ["encode", "reconstruct"])
+@pytest.mark.parametrize("command", [pytest.param("encode", marks=pytest.mark.slow), "reconstruct"])
 def test_a_clip_cut_in_the_middle_of_a_packet_gives_its_whole_frames_when_told_how_many(
     run, checkpoints, inputs, tmp_path, small_pieces, command
 ):

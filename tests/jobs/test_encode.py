@@ -211,6 +211,7 @@ def images(write_image, tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_a_folder_of_images_becomes_a_folder_of_latents_and_of_images_again(
     run, checkpoints, images, tmp_path, contents
 ):

@@ -207,7 +207,7 @@ def test_attention_is_among_the_pixels_of_one_frame(randomized, noise):
     assert apart(y, attention(np.asarray(x), layer)) > 1e-3
 
 
-@pytest.mark.parametrize("most", [pytest.param(1500, marks=pytest.mark.slow), 200, 1])
+@pytest.mark.parametrize("most", [*(pytest.param(most, marks=pytest.mark.slow) for most in (1500, 200)), 1])
 def test_attention_in_parts_of_columns_is_the_same(most, randomized, noise, monkeypatch):
     layer, x = randomized(lambda rngs: Attention(CHANNELS, 2, rngs=rngs)), noise((2, 3, 4, 6, CHANNELS))
 

@@ -206,6 +206,7 @@ def test_a_carry_is_all_that_is_kept_for_it(randomized):
     assert with_carry.temp_size_in_bytes < 1.05 * without.temp_size_in_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_frames_that_complete_no_latent_are_refused_or_padded_or_left_out_as_asked(vae, noise):
     x = noise((1, 7, 5, 6, 3))
