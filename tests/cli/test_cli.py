@@ -17,6 +17,7 @@ from flax_vae import CausalVideoVAE, CausalVideoVAEConfig
 from flax_vae.cli import COMMANDS, main
 from flax_vae.io.files import replacing
 from flax_vae.jobs.model import cache_folder
+from tests.slow import some_slow
 
 pytest.importorskip("tyro", reason="the command line needs tyro")
 pytest.importorskip("rich", reason="the command line needs rich")
@@ -282,9 +283,7 @@ def full_disk():
 
 
 @pytest.mark.parametrize("command", ["encode", "reconstruct"])
-@pytest.mark.parametrize(
-    "size", [pytest.param(400, marks=pytest.mark.slow), 1700, pytest.param(6000, marks=pytest.mark.slow), 40_000]
-)
+@pytest.mark.parametrize("size", some_slow([400, 1700, 6000, 40_000], (400, 6000)))
 def test_a_full_disk_ends_in_a_clear_error_and_nothing_half_written(
     run, checkpoints, clip, tmp_path, contents, small_pieces, full_disk, command, size
 ):

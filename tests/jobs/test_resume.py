@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from flax_vae.jobs.job import Job, folder_of
+from tests.slow import some_slow
 
 pytest.importorskip("av", reason="video files need PyAV")
 pytest.importorskip("matplotlib", reason="contact sheets need matplotlib")
@@ -102,7 +103,7 @@ def at_any_moment(run, command_line, power, tmp_path, contents):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # what is cleaned up when all is over
-@pytest.mark.parametrize("command", ["encode", pytest.param("decode", marks=pytest.mark.slow), "reconstruct"])
+@pytest.mark.parametrize("command", some_slow(COMMANDS, ("decode",)))
 def test_a_command_stopped_at_some_moment_and_once_more_writes_the_same_bytes(at_any_moment, command):
     at_any_moment(command, 6)
 

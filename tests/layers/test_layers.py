@@ -19,6 +19,7 @@ from flax_vae.layers.resample import SpatialDownsample, SpatialUpsample, Tempora
 from flax_vae.layers.resnet import CausalResnetBlock
 from flax_vae.layers.sequence import run_layers
 from tests.compiled import memory
+from tests.slow import some_slow
 
 hypothesis = pytest.importorskip("hypothesis")
 given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
@@ -43,16 +44,7 @@ LAYERS = {
 STREAMED = [name for name in LAYERS if name != "spatial down by pooling"]  # which sees one frame at a time
 # Down and up blocks are residual blocks and resamplers, one after the other, each of them checked by itself.
 COMPOSED = ("down block", "up block")
-
-
-def each(names):
-    """Parametrizes a test by names of layers; those of composed ones are slow."""
-    return pytest.mark.parametrize(
-        "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in COMPOSED)) for name in names]
-    )
-
-
-every_layer = each(LAYERS)
+every_layer = pytest.mark.parametrize("name", some_slow(LAYERS, COMPOSED))
 
 
 def clip(noise, batch=2, frames=FRAMES, seed=1):
@@ -89,7 +81,7 @@ def test_chunks_give_the_whole(name, compiled, noise, stream, plan):
     assert jax.tree.structure(last) == jax.tree.structure(carry)
 
 
-@each(STREAMED)
+@pytest.mark.parametrize("name", some_slow(STREAMED, COMPOSED))
 @pytest.mark.parametrize(
     "tamper", [jnp.zeros_like, lambda carry: jnp.roll(carry, 1, axis=2)], ids=["zeroed", "a row off"]
 )
@@ -207,7 +199,7 @@ def test_attention_is_among_the_pixels_of_one_frame(randomized, noise):
     assert apart(y, attention(np.asarray(x), layer)) > 1e-3
 
 
-@pytest.mark.parametrize("most", [*(pytest.param(most, marks=pytest.mark.slow) for most in (1500, 200)), 1])
+@pytest.mark.parametrize("most", some_slow([1500, 200, 1], (1500, 200)))
 def test_attention_in_parts_of_columns_is_the_same(most, randomized, noise, monkeypatch):
     layer, x = randomized(lambda rngs: Attention(CHANNELS, 2, rngs=rngs)), noise((2, 3, 4, 6, CHANNELS))
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from flax_vae.layers.conv import CausalConv3d
 from flax_vae.ops import lowering, per_frame, winograd
 from flax_vae.ops.window import Window, lowered
+from tests.slow import some_slow
 
 convolve: Any = lowering.convolve  # types do not see through jax.custom_vjp
 kernel_gradient: Any = lowering.kernel_gradient
@@ -74,13 +75,7 @@ def test_each_lowering_gives_what_xla_gives(lowering, name, channels):
         np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * (name not in ("causal", "carried", "down-by-2-and-3", "dilated")))
-        for name in CASES
-    ],
-)
+@pytest.mark.parametrize("name", some_slow(CASES, CASES.keys() - {"causal", "carried", "down-by-2-and-3", "dilated"}))
 def test_large_frames_give_what_xla_gives(name, monkeypatch):
     monkeypatch.setattr(
         per_frame, "CACHE_PIXELS", 20
