@@ -28,7 +28,6 @@ MESHES = [
     "time=2,height=2,width=2",
 ]
 BATCH, FRAMES, SIZE = 2, 33, 64
-FAST = {"xla_backend_optimization_level": 0}
 
 
 def main() -> None:
@@ -39,6 +38,7 @@ def main() -> None:
     import jax
 
     jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_disable_most_optimizations", True)  # compiling takes most of the time
     clip = jax.random.uniform(jax.random.key(2), (BATCH, FRAMES, SIZE, SIZE, 3), minval=-1.0)
     alone = results(clip, None)
     print(f"{FRAMES} frames of {SIZE}x{SIZE}, batch {BATCH}, float64; largest relative differences to one device\n")
@@ -79,7 +79,7 @@ def results(clip: Any, text: str | None) -> tuple[list[Any], list[Any], list[Any
     forward = [posterior.mean, posterior.logvar, sharded.decode(vae, posterior.mean, mesh)]
     lpips = wide(LPIPS((16,) * 5, rngs=nnx.Rngs(1)))
     discriminator = wide(PatchDiscriminator((4, 6, 8), rngs=nnx.Rngs(2)))
-    trainer = Trainer(config, vae, lpips, discriminator, compiler_options=FAST, mesh=mesh)
+    trainer = Trainer(config, vae, lpips, discriminator, mesh=mesh)
     state, metrics = trainer.step(trainer.start(), clip, with_gan=True)
     gradients = jax.tree.leaves([state.optimizer[1].mu, state.discriminator_optimizer[1].mu])
     return jax.device_get((forward, [metrics[name] for name in sorted(metrics)], gradients))

@@ -12,6 +12,14 @@ import torch_ref
 from flax_vae.io import port
 from parity.drift import compare_layers, layer_at, main, random_clip, report
 from parity.rows.pyramid import SHALLOW
+from tests.resources import compiled_fast
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast():
+    """Compiles every layer of the models as fast as it can be done."""
+    with compiled_fast():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from flax import nnx
 
 from flax_vae.io.packages import read_arrays
 from flax_vae.metrics import fvd as i3d
+from tests.resources import compiled_fast
 from torch_ref.metrics import fvd as torch_i3d
 
-QUICK = {"xla_backend_optimization_level": 0}  # compiled fast, to code that is slow but equal
 LEAVES = {"kernel": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 
 
@@ -72,8 +72,8 @@ def test_features_are_those_of_torch(weights, tmp_path):
     ours = jax.jit(i3d.resized)(frames)
     assert np.abs(np.asarray(ours) - large.permute(0, 2, 3, 4, 1).numpy()).max() < 1e-5
     structure, state = nnx.split(i3d.I3D.from_pretrained(path))
-    run = jax.jit(lambda state, x: nnx.merge(structure, state)(x), compiler_options=QUICK)
-    with jax.default_matmul_precision("highest"):
+    run = jax.jit(lambda state, x: nnx.merge(structure, state)(x))
+    with compiled_fast(), jax.default_matmul_precision("highest"):
         found = np.asarray(run(state, ours))
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
     assert expected.std() > 0.01

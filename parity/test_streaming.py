@@ -3,7 +3,6 @@
 A plan is the number of latents of every chunk.
 """
 
-from inspect import unwrap
 from itertools import accumulate, pairwise
 
 import jax
@@ -13,15 +12,14 @@ import pytest
 
 pytest.importorskip("torch", reason="parity compares with torch")
 
-from flax_vae.layers import scan as chunks
 from flax_vae.runtime import stream
 from parity import compare
 from parity.case import MODEL_TOLERANCE
 from parity.rows import CASES
 from parity.rows.pyramid import SHALLOW
+from tests.resources import compiled_fast
 
 CASE = next(case for case in CASES if case.name == "vae-shallow")
-FAST = {"xla_backend_optimization_level": 0}
 SINGLE = (1, 1, 1)
 
 
@@ -30,9 +28,7 @@ def fast_and_exact(request):
     """Has streams compiled fast, and convolutions in their full precision."""
     if request.config.getoption("device") == "tpu":
         pytest.skip("TPUs have no float64 convolutions")
-    call = jax.jit(unwrap(stream._call), static_argnums=(0, 1), compiler_options=FAST)
-    with pytest.MonkeyPatch.context() as patch, jax.default_matmul_precision("highest"):
-        patch.setattr(stream, "_call", call)
+    with compiled_fast(), jax.default_matmul_precision("highest"):
         yield
 
 
@@ -77,9 +73,7 @@ def test_streams_equal_torchs_whole_clip(vae, plan: tuple[int, ...]):
     check("video", list(stream.decode(vae, means)))
 
 
-def test_chunks_in_one_program_equal_torchs_whole_clip(vae, monkeypatch):
-    run = jax.jit(unwrap(chunks._scan), static_argnums=(0, 1, 2), compiler_options=FAST)
-    monkeypatch.setattr(chunks, "_scan", run)
+def test_chunks_in_one_program_equal_torchs_whole_clip(vae):
     mean = vae.encode(clip(), chunk=SHALLOW.temporal_factor).mean
     check("mean", [mean])
     check("video", [vae.decode(mean, chunk=1)])

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import gc
 import importlib
-import inspect
 import os
 import signal
 import sys
@@ -12,13 +11,11 @@ from dataclasses import replace
 from fractions import Fraction
 from importlib.util import find_spec
 
-from tests.resources import alone, bounded, share  # noqa: F401
+from tests.resources import alone, bounded, compiled_fast, share  # noqa: F401
 
 share()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Eight devices for meshes; one is used otherwise. Code of level 1 is as fast as that of the default, and that of random
-# draws is made in a tenth of the time.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")  # for meshes; one is used otherwise
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +23,6 @@ import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
-from jax.core import Tracer
 
 from flax_vae.runtime.compiler_options import order_for_memory
 
@@ -58,6 +54,13 @@ def pytest_collection_finish():
 def strict():
     """Makes an array of another dtype or rank an error where it would be promoted."""
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fast():
+    """Compiles little programs, run once or twice, as fast as it can be done."""
+    with compiled_fast():
         yield
 
 
@@ -102,15 +105,13 @@ def randomize(build, seed=0):
 
 @pytest.fixture(scope="session")
 def jit():
-    """Gives a function that compiles `function(module, *args)` for one module, fast, to code that is slow but equal."""
-    return compile_fast
+    """Gives a function that compiles `function(module, *args)` for one module."""
+    return compiled
 
 
-def compile_fast(function, module):
+def compiled(function, module):
     graph, state = nnx.split(module)
-    options = {"xla_backend_optimization_level": 0}
-    run = jax.jit(lambda state, *args: function(nnx.merge(graph, state), *args), compiler_options=options)
-    return functools.partial(run, state)
+    return functools.partial(jax.jit(lambda state, *args: function(nnx.merge(graph, state), *args)), state)
 
 
 @pytest.fixture(scope="session")
@@ -222,36 +223,13 @@ def clip(pixels, tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="session")
-def quick_call():
-    """What compiles steps, in half the time, to slow but equal code; one for all, so that they share programs."""
-    from flax_vae.runtime import stream
-
-    return QuickCall(inspect.unwrap(stream._call))
-
-
-class QuickCall:
-    """A compiled function; inside another program, where there is no choice of options, the function itself."""
-
-    def __init__(self, function):
-        options = {"xla_backend_optimization_level": 0}
-        self._plain = jax.jit(function, static_argnums=(0, 1))
-        self._quick = jax.jit(function, static_argnums=(0, 1), compiler_options=options)
-        self.trace = self._quick.trace
-
-    def __call__(self, *args):
-        is_inside = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(args[2:]))
-        return (self._plain if is_inside else self._quick)(*args)
-
-
 @pytest.fixture
-def run(capsys, monkeypatch, quick_call):
+def run(capsys, monkeypatch):
     """Runs a command and gives its exit code, output and messages."""
     pytest.importorskip("tyro", reason="the command line needs tyro")
     pytest.importorskip("rich", reason="the command line needs rich")
     from flax_vae.cli import main
 
-    monkeypatch.setattr("flax_vae.runtime.stream._call", quick_call)
     monkeypatch.setattr("os._exit", sys.exit)
 
     def call(*args):

@@ -1,5 +1,6 @@
-"""For both suites: the processors that a process takes, the compiled programs that it keeps, its memory."""
+"""For both suites: the processors that a process takes, how it compiles programs and which it keeps, its memory."""
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -25,6 +26,18 @@ def share() -> None:
         processors = sorted(os.sched_getaffinity(0))
         index, count = int(worker.removeprefix("gw")), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
         os.sched_setaffinity(0, processors[index::count] or processors)
+
+
+@contextlib.contextmanager
+def compiled_fast():
+    """Has programs compiled in half the time, to slower code; those of processes that are started meanwhile too."""
+    import jax
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(autouse=True)

@@ -73,7 +73,6 @@ class Trainer:
         vae: VideoVAE,
         lpips: LPIPS | None = None,
         discriminator: nnx.Module | None = None,
-        compiler_options: dict[str, Any] | None = None,
         mesh: Mesh | None = None,
         fsdp: bool = False,
     ):
@@ -94,7 +93,7 @@ class Trainer:
             self.discriminator = DiscriminatorStep(config, discriminator, self.optimizer, mesh)
         self._first = parameters, self._counts, self.discriminator and self.discriminator.first_parameters
         self._shardings = None
-        options: dict[str, Any] = {"donate_argnames": "state", "compiler_options": compiler_options}
+        options: dict[str, Any] = {"donate_argnames": "state"}
         if mesh is not None:
             check_mesh(mesh, config, vae, bool(jax.tree.leaves(self._counts)))
             devices = mesh.shape["data"] if fsdp else 1  # that share a weight

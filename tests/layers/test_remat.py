@@ -49,7 +49,7 @@ def gradient_step(vae, x, loss=loss):
         return loss(vae, x), nnx.state(vae, nnx.RngCount)
 
     step = jax.jit(jax.value_and_grad(run, argnums=(0, 1), has_aux=True))
-    program = step.lower(parameters, x, state).compile(compiler_options={"xla_backend_optimization_level": "0"})
+    program = step.lower(parameters, x, state).compile()
     return memory(program).temp_size_in_bytes, program(parameters, x, state)
 
 

@@ -26,7 +26,6 @@ LAYERS = {
     "down": lambda: SpatialDownsample(4, rngs=nnx.Rngs(0)),
     "up": lambda: SpatialUpsample(4, rngs=nnx.Rngs(0)),
 }
-FAST = {"xla_backend_optimization_level": 0}
 
 
 def drawn(*shape: int) -> jax.Array:
@@ -70,7 +69,7 @@ def test_layer_gives_in_strips_what_it_gives_of_whole_frames(name, cut):
 
         dy = drawn(*jax.eval_shape(whole, state, x).shape)
         actual, expected = (
-            jax.tree.leaves(jax.jit(with_gradients, static_argnums=0, compiler_options=FAST)(function, state, x, dy))
+            jax.tree.leaves(jax.jit(with_gradients, static_argnums=0)(function, state, x, dy))
             for function in (in_strips, whole)
         )
         largest = max(np.abs(each).max() for each in expected)  # keys' biases have gradients of 0 but for rounding

@@ -126,6 +126,7 @@ def test_chunks_encode_to_the_latents_of_the_whole(codec, noise, stream, plan):
     assert jax.tree.map(jnp.shape, last) == jax.tree.map(jnp.shape, carry)
 
 
+@pytest.mark.slow
 @settings(max_examples=2)
 @given(plan=plans(LATENTS))
 @hypothesis.example(plan=[1, 1, 1])

@@ -45,7 +45,6 @@ TRAINING = TrainConfig(
 )
 MIXED = "data=2,time=2,height=2"
 MESHES = ["data=2", "time=2", "height=2", "width=4", "height=2,width=2", "time=2,width=2", MIXED]
-FAST = {"xla_backend_optimization_level": 0}
 TOLERANCE = 1e-10
 
 
@@ -54,14 +53,6 @@ def promoting():
     """Lets optax promote as it does."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Compiles clips and streams fast, to code that is slow but equal."""
-    for module, name, static in ((sharded, "_run", (0, 1, 2, 3)), (stream, "_call", (0, 1, 2))):
-        function = getattr(module, name).__wrapped__
-        monkeypatch.setattr(module, name, jax.jit(function, static_argnums=static, compiler_options=FAST))
 
 
 def joined(parts):
@@ -275,7 +266,7 @@ def trainer(
     object.__setattr__(config, "precision", "float64")  # a run has no such precision
     vae = randomize(lambda rngs: CausalVideoVAE(model, rngs=rngs))
     mesh = None if text is None else mesh_of(text)
-    return Trainer(config, vae, distance, discriminator, compiler_options=FAST, mesh=mesh, fsdp=fsdp)
+    return Trainer(config, vae, distance, discriminator, mesh=mesh, fsdp=fsdp)
 
 
 def stepped(training, clip):

@@ -27,7 +27,7 @@ from tests.little import CONFIG
 
 hypothesis = pytest.importorskip("hypothesis", reason="plans are drawn by hypothesis")
 given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
-pytestmark = pytest.mark.usefixtures("float64", "programs")
+pytestmark = pytest.mark.usefixtures("float64")
 
 LATENTS, FACTOR = 5, CONFIG.temporal_factor
 PLANS = (
@@ -35,16 +35,6 @@ PLANS = (
     .map(lambda drawn: (drawn[0], *drawn[1]))
     .filter(lambda plan: sum(plan) <= LATENTS)
 )
-
-
-@pytest.fixture(scope="module")
-def programs():
-    """Has all streams compiled in half the time, to slow but equal code; yields what holds their programs."""
-    options = {"xla_backend_optimization_level": 0}
-    call = jax.jit(inspect.unwrap(stream._call), static_argnums=(0, 1), compiler_options=options)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream, "_call", call)
-        yield call
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +292,8 @@ def test_streaming_leaves_no_state_on_the_model(code):
         assert all(a is b for a, b in zip(*map(jax.tree.leaves, (after[1], before)), strict=True))
 
 
-def test_programs_are_made_once_for_every_shape_of_chunk_and_shared(code, programs, randomized):
+def test_programs_are_made_once_for_every_shape_of_chunk_and_shared(code, randomized):
+    programs: Any = stream._call  # a jitted function
     plans = [(1, 2, 1), (2, 1, 2), (1, 1)]
     wanted = [code.run(plan) for plan in plans]
     made = programs._cache_size()

@@ -68,7 +68,7 @@ def trainer_of(config):
 
 @functools.cache
 def trainer(config):
-    return Trainer(config, loop.first_model(config), compiler_options={"xla_backend_optimization_level": 0})
+    return Trainer(config, loop.first_model(config))
 
 
 @pytest.fixture(scope="module")

@@ -36,16 +36,13 @@ def promoting():
         yield
 
 
-QUICKLY = {"xla_backend_optimization_level": 0}
-
-
 def discriminator():
     return PatchDiscriminator((4, 4), rngs=nnx.Rngs(1))
 
 
 def made(config=CONFIG, lpips=None):
     """Returns a trainer of small models."""
-    return Trainer(config, CausalVideoVAE(ONE_BLOCK, rngs=nnx.Rngs(0)), lpips, discriminator(), QUICKLY)
+    return Trainer(config, CausalVideoVAE(ONE_BLOCK, rngs=nnx.Rngs(0)), lpips, discriminator())
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +155,7 @@ def test_a_step_is_that_of_the_losses_by_their_weights(trainer, randomized):
     ema_logits = (0.3, -0.2)
     state = replace(trainer.start(), parameters=weights, ema=jax.tree.map(jnp.copy, weights))
     state = replace(state, step=jnp.int32(3), ema_logits=tuple(map(jnp.float32, ema_logits)))
-    expected, gradients = jax.jit(partial(weighed, trainer), compiler_options=QUICKLY)(state, frames())
+    expected, gradients = jax.jit(partial(weighed, trainer))(state, frames())
     before = copied(state.parameters)
     state, metrics = trainer.step(state, frames(), with_gan=True)
     for name, value in expected.items():
@@ -180,7 +177,7 @@ def test_a_step_is_that_of_the_losses_by_their_weights(trainer, randomized):
 
 def test_ema_moves_when_the_optimizer_does_and_not_at_every_batch():
     trainer = made(replace(CONFIG, optimizer=replace(CONFIG.optimizer, accumulate=2)))
-    state, accepted = trainer.start(), jax.jit(trainer._accepted, compiler_options=QUICKLY)
+    state, accepted = trainer.start(), jax.jit(trainer._accepted)
     moved = jax.tree.map(lambda leaf: leaf + 1, state.parameters)
     for updates_before, updates_after, share in ((0, 0, 0.0), (0, 1, 1 - 2 / 11), (1, 1, 0.0), (1, 2, 1 - 3 / 12)):
         before, after = (state.optimizer._replace(gradient_step=jnp.int32(n)) for n in (updates_before, updates_after))
