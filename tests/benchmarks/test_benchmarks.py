@@ -1,13 +1,15 @@
 """The speed benchmark's arithmetic, and what becomes of ways that fail; nothing of it is measured here."""
 
+import shutil
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from benchmarks import __main__ as benchmark
-from benchmarks import speed_report
+from benchmarks import figures, speed_report
 from benchmarks.options import frames_and_pixels
 from benchmarks.speed import OURS, Failed, Row, Worker, best_torch, compared, ratio, seconds
 from benchmarks.speed_report import Found
@@ -144,3 +146,10 @@ def test_flops_are_those_of_products_with_pixels_alone():
     along_time, along_height = 1 + 2 + 3, 2 + 6 * 3 + 2  # taps that see a frame, or a row, of all outputs
     assert analysis is not None
     assert analysis["flops"] == 2 * along_time * along_height**2 * 4 * 5
+
+
+def test_the_page_of_figures_is_what_its_measurements_give(tmp_path):
+    docs = Path(__file__).parents[2] / "docs"
+    shutil.copytree(docs / "speed", tmp_path / "speed")
+    figures.main(tmp_path / "speed", tmp_path / "figures.md")
+    assert (tmp_path / "figures.md").read_text() == (docs / "figures.md").read_text()
