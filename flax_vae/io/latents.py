@@ -4,9 +4,10 @@ A clip is one file, or a folder of files, each with the latents that follow thos
 """
 
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Self
 import numpy as np
 
 from flax_vae.io.files import PathLike, replacing
+from flax_vae.io.frame_times import constant, from_text, join_times, to_text
 from flax_vae.io.weights import Arrays, SafetensorsFile, write_safetensors
 
 FORMAT = {"format": "flax_vae latents", "version": "2"}
@@ -57,20 +59,36 @@ class About:
 
 
 def write_latents(
-    path: PathLike, about: About, mean: np.ndarray, logvar: np.ndarray, frames: int, start: int = 0, last: bool = True
+    path: PathLike,
+    about: About,
+    mean: np.ndarray,
+    logvar: np.ndarray,
+    frames: int,
+    start: int = 0,
+    last: bool = True,
+    times: Sequence[Fraction] | None = None,
 ) -> None:
-    """Writes latents (1, t, h, w, z) that stand for `frames` frames; the file takes its name when it is complete.
+    """Writes latents (1, t, h, w, z); the file takes its name when it is complete.
 
-    `start` is the index of the first of them among the clip's latents, `last` is whether the clip ends with these.
+    Args:
+      path: of the file.
+      about: what all files of the clip say.
+      mean, logvar: the latents.
+      frames: the number of frames that they stand for.
+      start: the index of the first of them among the clip's latents.
+      last: whether the clip ends with these.
+      times: the seconds at which the frames begin, and the last one ends, where these are not at a constant rate.
     """
     span = {"start": str(start), "frames": str(frames), "last": json.dumps(last)}
+    if times is not None:
+        span["times"] = to_text(times)
     with replacing(path) as part:
         write_safetensors(part, Arrays({"mean": mean, "logvar": logvar}), about.to_metadata() | span)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of latents: their index in the clip, and the number of frames that they stand for."""
+    """One file of latents: their index in the clip, and the number and times of the frames that they stand for."""
 
     path: Path
     about: About
@@ -78,6 +96,7 @@ class Shard:
     start: int
     frames: int
     last: bool
+    times: Sequence[Fraction] | None  # None where they are at a constant rate
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -91,7 +110,10 @@ class Shard:
             is_fitting = dtype == "float32" and len(shape) == 5 and shape[0] == 1 and 0 not in shape
             if others or not is_fitting or min(start, frames - 1) < 0:
                 raise ValueError(f"expected float32 mean and logvar of one shape (1, t, h, w, z), got {sorted(shapes)}")
-            return cls(path, about, shape, start, frames, bool(json.loads(file.metadata["last"])))
+            times = from_text(file.metadata["times"]) if "times" in file.metadata else None
+            if times and len(times) != frames + 1:
+                raise ValueError(f"got {len(times)} times for {frames} frames, expected one more")
+            return cls(path, about, shape, start, frames, bool(json.loads(file.metadata["last"])), times)
         except (ValueError, KeyError, TypeError, ZeroDivisionError, RecursionError) as error:
             raise ValueError(f"{path}: not a latents file, or damaged: {error}") from None
 
@@ -132,6 +154,13 @@ class Latents:
     def frames(self) -> int:
         """Number of frames of the clip."""
         return sum(shard.frames for shard in self.shards)
+
+    @property
+    def times(self) -> list[Fraction]:
+        """The seconds after the first frame at which the frames begin, and the last one ends."""
+        starts = itertools.accumulate((shard.frames for shard in self.shards), initial=0)
+        files = zip(self.shards, starts, strict=False)
+        return join_times([shard.times or constant(shard.frames, self.about.fps, start) for shard, start in files])
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

@@ -18,6 +18,7 @@ import numpy as np
 from flax_vae.io.files import PathLike
 from flax_vae.io.pixels import Size, is_only_cropped
 
+MAX_STILL = 24 * 60 * 60  # seconds that a frame may stay; what looks longer is a clock that starts anew
 UNREADABLE = (ValueError, OSError)  # what reading raises for a clip that is damaged, missing or no clip
 
 
@@ -70,6 +71,16 @@ def read_frames(
         raise ValueError(f"size={size}: expected (height, width) of 1 pixel or more")
     _check_source(path)
     return _read(path, size, start, None if frames is None else start + frames)
+
+
+def read_timed(
+    path: PathLike, size: Size | None = None, frames: int | None = None, start: int = 0
+) -> Iterator[tuple[Fraction, Fraction, np.ndarray]]:
+    """Yields the frames of `read_frames`, each with the seconds after the clip's first at which it begins and ends."""
+    for number, (begin, end, frame) in enumerate(_timed(path, None if frames is None else start + frames)):
+        size = size or _upright_size(frame)
+        if number >= start:
+            yield begin, end, _upright_pixels(frame, size)
 
 
 def read_clip(path: PathLike, size: Size | None = None, frames: int | None = None) -> np.ndarray:
@@ -177,6 +188,37 @@ def _read(path, size, start, end):
             size = size or _upright_size(frame)
             if i >= start:
                 yield _upright_pixels(frame, size)
+
+
+def _timed(path, limit):
+    """Yields frames, at most N, with their times; a frame ends where the next begins, the last where the file says."""
+    with _open(path) as (container, stream):
+        frames, zero, end, held = _decode(path, container, stream), None, Fraction(0), None
+        for number in itertools.count():
+            try:
+                frame = next(frames, None)
+            except ValueError:
+                if held:
+                    yield held[0], end, held[1]
+                if number == limit:
+                    return
+                raise
+            if frame is None:
+                stated = _stated_end(container, stream)
+                if held:
+                    yield held[0], end if stated is None or zero is None else max(end, stated - zero), held[1]
+                return
+            time = None if frame.pts is None else frame.pts * as_fraction(frame.time_base)
+            if time is not None and (zero is None or (held and not held[0] < time - zero < end + MAX_STILL)):
+                zero = time - end  # the first frame, or a clock that starts anew
+            begin = end if time is None else time - zero
+            if held:
+                yield held[0], begin, held[1]
+            if number == limit:
+                return
+            held = begin, frame
+            stays = (frame.duration or 0) * as_fraction(frame.time_base)
+            end = begin + (stays if 0 < stays < MAX_STILL else 1 / _rate(stream))
 
 
 def _decode(path, container, stream):

@@ -8,12 +8,18 @@ from typing import Any, Self
 import numpy as np
 
 from flax_vae.io.files import PathLike, check_target, replacing
-from flax_vae.io.video_reader import accurate
 
 SUFFIXES = (".mp4", ".mkv", ".mov")
+MIN_FPS, MAX_FPS = Fraction(1, 1000), Fraction(1000)
 # The same frames must give the same bytes. With x264's macroblock tree one run in some dozens gives others, as if it
 # read uninitialised memory; and x264 splits its work by the number of threads, which must not be the machine's.
 DETERMINISTIC = {"mbtree": "0", "threads": "4"}
+# BT.709, limited range. A chroma sample lies on the left one of the two luma samples beside it, as H.264 means where a
+# file says nothing; swscale by itself computes it for the middle, and players then show colours half a pixel aside.
+YUV420P = (
+    "flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp:out_color_matrix=bt709:out_range=tv"
+    ":out_h_chr_pos=0:out_v_chr_pos=128"
+)
 
 
 class VideoWriter:
@@ -37,7 +43,7 @@ class VideoWriter:
         check_target(self.path)
         if self.path.suffix.lower() not in SUFFIXES:
             raise ValueError(f"{path}: cannot write '{self.path.suffix}' files; use one of {', '.join(SUFFIXES)}")
-        if not 0.001 <= fps <= 1000:
+        if not MIN_FPS <= fps <= MAX_FPS:
             raise ValueError(f"fps={fps}: expected frames per second from 0.001 to 1000")
         if min(height, width) < 2 or (not lossless and (height % 2 or width % 2)):
             raise ValueError(f"{height}x{width}: yuv420p needs an even height and width; crop, or use lossless=True")
@@ -56,6 +62,7 @@ class VideoWriter:
             if not self.lossless:
                 codec = self._stream.codec_context
                 codec.colorspace = codec.color_primaries = codec.color_trc = codec.color_range = 1  # BT.709, limited
+                self._subsampling = _subsampling(*self.shape[:2])
             stack.push(self._finish)
             self._stack = stack.pop_all()
         return self
@@ -63,15 +70,14 @@ class VideoWriter:
     def write(self, frames: np.ndarray) -> None:
         """Appends one uint8 (H, W, 3) frame or several (T, H, W, 3)."""
         import av
-        from av.video.reformatter import ColorRange, Colorspace
 
         if frames.dtype != np.uint8 or frames.ndim not in (3, 4) or frames.shape[-3:] != self.shape:
             raise ValueError(f"got {frames.dtype} {frames.shape}, expected uint8 {self.shape}, or several of them")
         for pixels in frames.reshape(-1, *self.shape):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
             if not self.lossless:
-                matrix = {"dst_colorspace": Colorspace.ITU709, "dst_color_range": ColorRange.MPEG}
-                frame = frame.reformat(format="yuv420p", interpolation=accurate(), **matrix)
+                self._subsampling.push(frame)
+                frame = self._subsampling.pull()
             frame.pts, frame.time_base = self.frames, 1 / self.fps
             self._container.mux(self._stream.encode(frame))
             self.frames += 1
@@ -84,6 +90,18 @@ class VideoWriter:
             if not self.frames:
                 raise ValueError(f"{self.path}: no frame was written, so no file is left; write() at least one")
             self._container.mux(self._stream.encode())
+
+
+def _subsampling(height, width):
+    """Returns a graph of FFmpeg's filters from RGB to yuv420p."""
+    from av import VideoFormat
+    from av.filter import Graph
+
+    graph = Graph()
+    source = graph.add_buffer(width=width, height=height, format=VideoFormat("rgb24"), time_base=Fraction(1))
+    steps = graph.add("scale", YUV420P), graph.add("format", "yuv420p"), graph.add("buffersink")
+    graph.link_nodes(source, *steps).configure()
+    return graph
 
 
 def written_rate(fps: Fraction | float) -> Fraction:

@@ -3,13 +3,17 @@
 T frames, H W pixels.
 """
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
+
 from flax_vae.io.pixels import fit_size, is_only_cropped, parse_size, to_float
-from flax_vae.io.video_reader import probe, read_frames
+from flax_vae.io.video_reader import probe, read_timed
+from flax_vae.io.video_writer import MAX_FPS, MIN_FPS
 from flax_vae.jobs.pieces import Chunk, cut_padded
 from flax_vae.jobs.screen import counted, note
 from flax_vae.models.config import VAEConfig
@@ -63,11 +67,19 @@ class Clip:
         """
         if self.limit is not None and self.limit <= start:
             raise ValueError(f"--frames {self.limit}: {start} frames are done already; ask for more, or for all")
-        frames = read_frames(self.path, (self.height, self.width), self.limit and self.limit - start, start)
+        spans: deque[tuple[Fraction, Fraction]] = deque()  # of frames that are read ahead
+
+        def frames() -> Iterator[np.ndarray]:
+            limit = self.limit and self.limit - start
+            for begin, end, pixels in read_timed(self.path, (self.height, self.width), limit, start):
+                spans.append((begin, end))
+                yield pixels
+
         number = 0
-        for pixels, number, is_last in cut_padded(frames, self.config.chunk_frames(latents), is_start=start == 0):
+        for pixels, number, is_last in cut_padded(frames(), self.config.chunk_frames(latents), is_start=start == 0):
             done = -(-number // self.config.temporal_factor)
-            yield Chunk(to_float(pixels)[None], number, done, is_last, pixels[:number])
+            begins, ends = zip(*(spans.popleft() for _ in range(number)), strict=True)
+            yield Chunk(to_float(pixels)[None], number, done, is_last, (*begins, ends[-1]), pixels[:number])
         if start and not number:
             raise ValueError(f"{self.path}: ends before frame {start}, up to which it was done; it was longer then")
 
@@ -111,7 +123,8 @@ def open_clip(path: Path, config: VAEConfig, size: str | None, frames: int | Non
     how = "centre-cropped" if is_only_cropped(stated, (height, width)) else "scaled and cropped"
     change = "as it is" if (height, width) == stated else f"{how} to {height}x{width}, multiples of {multiple}"
     about = f"{path}: {info.height}x{info.width} (height x width), {change}"
-    return Clip(path, height, width, info.fps, frames, info.frames, config, info.is_image, bool(info.sound), about)
+    fps = min(max(info.fps, MIN_FPS), MAX_FPS)  # nominal: frames that are not at this rate keep their own times
+    return Clip(path, height, width, fps, frames, info.frames, config, info.is_image, bool(info.sound), about)
 
 
 def check_reading(config: VAEConfig, size: str | None, frames: int | None) -> int:

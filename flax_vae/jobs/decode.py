@@ -63,10 +63,10 @@ def decode_clip(source: Latents, target: Path, model: Model, options: Options, m
 
 def chunks_of(source: Latents, size: int, config: VAEConfig, done: Progress) -> Iterator[Chunk]:
     """Yields the means that are left, the first one of the clip alone, then `size` at a time."""
-    frames, latents = done.frames, done.latents
+    frames, latents, times = done.frames, done.latents, source.times
     for means, number, is_last in cut_padded(source.means(latents), size, is_start=latents == 0):
         decoded = min(config.chunk_frames(number) if latents else 1, source.frames - frames)
-        yield Chunk(means[None], decoded, number, is_last)
+        yield Chunk(means[None], decoded, number, is_last, times[frames : frames + decoded + 1])
         frames, latents = frames + decoded, latents + number
 
 

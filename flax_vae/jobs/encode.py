@@ -9,6 +9,7 @@ import numpy as np
 
 from flax_vae.families.registry import released_scaling
 from flax_vae.io.files import read_json
+from flax_vae.io.frame_times import join_times, uneven
 from flax_vae.io.latents import SUFFIX, About, write_latents
 from flax_vae.jobs.budget import chunk_latents
 from flax_vae.jobs.clip import Clip, expected_frames
@@ -67,12 +68,14 @@ def about_latents(clip: Clip, model: Model, scaling: dict[str, Any] | None = Non
 
 def write_piece(job: Job, about: About, results: Results) -> None:
     """Writes the distributions of the latents of a piece, without padding, to a file."""
-    parts, frames, is_last = [], 0, False
+    parts, frames, times, is_last = [], 0, [], False
     for chunk, posterior in results:
         parts.append([np.asarray(x, np.float32)[:, : chunk.latents] for x in (posterior.mean, posterior.logvar)])
         frames, is_last = frames + chunk.frames, chunk.is_last
+        times.append(chunk.times)
     mean, logvar = (np.concatenate(part, axis=1) for part in zip(*parts, strict=True))
-    write_latents(job.piece(SUFFIX), about, mean, logvar, frames, job.progress.latents, is_last)
+    times = uneven(join_times(times), about.fps, job.progress.frames)
+    write_latents(job.piece(SUFFIX), about, mean, logvar, frames, job.progress.latents, is_last, times)
 
 
 def read_scaling(scaling: str | None) -> dict[str, Any] | None:

@@ -5,12 +5,14 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 
 from flax_vae.io.files import scratch
+from flax_vae.io.frame_times import join_times, uneven
 from flax_vae.io.latents import SUFFIX, Latents, write_latents
 from flax_vae.io.manifest import Entry, Log, as_json, read_entries, read_log, read_settings, write_lines
 from flax_vae.io.video_reader import UNREADABLE
@@ -107,6 +109,7 @@ class Extraction:
         failures: dict[int, Exception] = {}
         parts: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in group]
         frames = [0] * len(group)
+        times: list[list[Sequence[Fraction]]] = [[] for _ in group]
 
         def chunks_of(i: int, clip: Clip) -> Iterator[Chunk]:
             try:
@@ -126,6 +129,7 @@ class Extraction:
                     own = slice(i, i + 1), slice(0, chunk.latents)
                     parts[i].append((mean[own], logvar[own]))
                     frames[i] += chunk.frames
+                    times[i].append(chunk.times)
         for i, (entry, clip) in enumerate(group):
             if i in failures:
                 self.add(entry, {"error": str(failures[i])})
@@ -133,7 +137,8 @@ class Extraction:
             mean, logvar = (np.concatenate(each, axis=1) for each in zip(*parts[i], strict=True))
             target = self.target(entry, SUFFIX)
             whole = self.scratch / target.name
-            write_latents(whole, about_latents(clip, self.model), mean, logvar, frames[i])
+            kept = uneven(join_times(times[i]), clip.fps)
+            write_latents(whole, about_latents(clip, self.model), mean, logvar, frames[i], times=kept)
             os.replace(whole, target)
             self.done(entry, target, clip, frames[i], LatentStatistics.of(mean, logvar))
 

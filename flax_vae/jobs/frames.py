@@ -1,4 +1,4 @@
-"""Decoded frames as files: pieces of a video that are joined at the end, or an image; and the loss beside them.
+"""Decoded frames as files: pieces of a video that are joined at the end, or an image; their times and loss beside them.
 
 T frames, H W pixels.
 """
@@ -11,30 +11,33 @@ from pathlib import Path
 import numpy as np
 
 from flax_vae.io.files import replacing
+from flax_vae.io.frame_times import from_text, join_times, to_text, uneven
 from flax_vae.io.pixels import to_uint8
 from flax_vae.io.video_join import join
-from flax_vae.io.video_writer import VideoWriter, write_image
+from flax_vae.io.video_writer import VideoWriter, write_image, written_rate
 from flax_vae.jobs.job import Job
 from flax_vae.jobs.pieces import Results
 from flax_vae.jobs.screen import note
 from flax_vae.metrics.psnr import psnr
 
-IMAGE, VIDEO, LOSS = ".png", ".mp4", ".npz"  # suffixes: of an image, of a video or a piece of it, of the loss
+IMAGE, VIDEO, TIMES, LOSS = ".png", ".mp4", ".json", ".npz"  # of an image, a video or a piece of it, what is beside it
 SAMPLES = 64  # most frames that are kept for the contact sheet
 
 
 def write_piece(job: Job, fps: Fraction, height: int, width: int, results: Results) -> None:
-    """Writes the decoded frames (1, T, H, W, 3) of a piece, without padding, to a video or image, and their loss."""
-    is_image, loss = job.target.suffix.lower() == IMAGE, Loss(job.progress.frames)
+    """Writes the decoded frames (1, T, H, W, 3) of a piece, without padding, to a video or image; their times, loss."""
+    is_image, loss, times = job.target.suffix.lower() == IMAGE, Loss(job.progress.frames), []
     with nullcontext() if is_image else VideoWriter(job.piece(VIDEO), fps, height, width) as writer:
         for chunk, decoded in results:
             pixels = to_uint8(np.asarray(decoded[0], np.float32))[: chunk.frames]
+            times.append(chunk.times)
             if writer is None:
                 write_image(job.piece(IMAGE), pixels[0])
             else:
                 writer.write(pixels)
             if chunk.pixels is not None:
                 loss.add(chunk.pixels, pixels)
+    job.piece(TIMES).write_text(to_text(join_times(times)))
     loss.save(job.piece(LOSS))
 
 
@@ -88,11 +91,15 @@ def assemble(job: Job, fps: Fraction, sound: Path | None = None) -> None:
             os.replace(job.piece(IMAGE, 0), job.target)
         return
     whole = job.folder / f"whole{job.target.suffix}"  # not beside the target, where kill -9 would leave it for ever
+    times = join_times([from_text(path.read_text()) for path in job.pieces(TIMES)])
+    kept = uneven(times, written_rate(fps))
+    if kept:
+        note(f"{job.target}: each frame keeps its time, as not all follow at {fps} a second")
     try:
-        join(whole, job.pieces(VIDEO), fps, sound)
+        join(whole, job.pieces(VIDEO), fps, sound, kept)
     except ValueError as error:
         if sound is None:
             raise
         note(f"the clip gets no sound: {error}")
-        join(whole, job.pieces(VIDEO), fps)
+        join(whole, job.pieces(VIDEO), fps, times=kept)
     os.replace(whole, job.target)

@@ -1,8 +1,9 @@
 """Runs a stream chunk by chunk, and writes piece by piece: whole files, after each of which a job can be resumed."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,12 +19,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Chunk:
-    """The batch that a step takes, how many of its frames and latents are not padding, and the pixels it is from."""
+    """The batch that a step takes, how many of its frames and latents are not padding, and the pixels it is from.
+
+    `times` are the seconds at which its frames begin to be shown, without padding, and at which the last one ends.
+    """
 
     data: np.ndarray
     frames: int
     latents: int
     is_last: bool
+    times: Sequence[Fraction]
     pixels: np.ndarray | None = None
 
 

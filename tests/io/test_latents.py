@@ -76,6 +76,20 @@ def test_a_single_file_is_a_clip_of_its_own(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
+def test_times_are_kept_where_the_rate_does_not_tell_them(tmp_path):
+    mean, logvar = draw(2)
+    times = [Fraction(i * i, 90000) for i in range(10)]
+    write_latents(tmp_path / "a.safetensors", ABOUT, mean, logvar, 9, times=times)
+    assert Latents(tmp_path / "a.safetensors").times == times
+    write_clip(tmp_path / "clip")
+    count = Latents(tmp_path / "clip").frames
+    assert Latents(tmp_path / "clip").times == [i / ABOUT.fps for i in range(count + 1)]
+    later = json.dumps([30000, *(1001 * i + 90 for i in range(17, 34))])  # of one file in the middle
+    rewrite(tmp_path / "clip" / "00001.safetensors", {"times": later})
+    moved = [i / ABOUT.fps + (Fraction(90, 30000) if 17 <= i < 33 else 0) for i in range(count + 1)]
+    assert Latents(tmp_path / "clip").times == moved
+
+
 def test_other_tools_read_the_files_and_what_they_say(tmp_path):
     mean, _ = write_clip(tmp_path / "clip")
     held = load_file(tmp_path / "clip" / "00001.safetensors")
@@ -140,6 +154,12 @@ BAD = {
     "deep scaling": {"scaling": "[" * 100_000},
     "torn scaling": {"scaling": "{"},
     "torn last": {"last": ""},
+    "torn times": {"times": "[30, 0"},
+    "times of other frames": {"times": "[30, 0, 1, 2]"},
+    "times that go back": {"times": json.dumps([30, *range(17), 15])},
+    "times that are none": {"times": json.dumps([30, *range(17), "17"])},
+    "times of no clock": {"times": json.dumps([0, *range(18)])},
+    "deep times": {"times": "[" * 100_000},
 }
 ARRAYS = {
     "no mean": {"mean": None},
