@@ -13,8 +13,8 @@ from flax_vae.train.config import PRESETS, TrainConfig
 Data = Annotated[
     Path,
     described(
-        "FOLDER|MANIFEST",
-        'videos and images: a folder, with the folders in it, or lines of {"video": path} or {"image": path}',
+        "FOLDER|MANIFEST|CLIP",
+        'videos and images: a folder, with the folders in it, lines of {"video": path} or {"image": path}, or a clip',
     ),
 ]
 Out = Annotated[

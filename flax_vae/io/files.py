@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import filelock
 
 PathLike = str | os.PathLike[str]
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # suffixes of files with one picture
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif")  # suffixes of stills
 SAFE, PICKLED = (".safetensors",), (".bin", ".pt", ".pth")  # suffixes of weights
 JSON_LIMIT = 2**26  # bytes of a JSON file
 T = TypeVar("T")

@@ -11,7 +11,10 @@ from typing import Any, Self
 
 from flax_vae.io.files import IMAGES, PathLike, locked, replacing
 
-VIDEOS = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".gif", ".ogv")
+VIDEOS = (
+    *(".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".gif", ".ogv"),
+    *(".m2ts", ".mts", ".vob", ".3gp", ".mxf", ".apng"),
+)
 KINDS = ("video", "image")
 
 
@@ -25,25 +28,35 @@ class Entry:
 
 
 def read_entries(source: PathLike) -> list[Entry]:
-    """Lists the clips of a manifest, or all videos and images in a folder and its subfolders, sorted.
+    """Lists the clips of a manifest, or all videos and images in a folder and its subfolders, sorted, or one clip.
 
-    A manifest has a line `{"video": path}` or `{"image": path}` for each clip; other keys are for other readers, and
-    paths start from the manifest's folder. Raises FileNotFoundError, or ValueError where there is no clip, and for a
-    line, by its number, that is something else.
+    A file with the suffix of a video or an image is one clip; any other is a manifest, which has a line
+    `{"video": path}` or `{"image": path}` for each clip; other keys are for other readers, and paths start from the
+    manifest's folder. Raises FileNotFoundError, or ValueError where there is no clip, and for a line, by its number,
+    that is something else.
     """
     source = Path(source)
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such folder or manifest")
-    entries = _in_folder(source) if source.is_dir() else list(dict.fromkeys(_in_manifest(source)))
+    if source.is_dir():
+        entries = _in_folder(source)
+    elif kind := _kind(source):
+        entries = [Entry(kind, source.absolute(), source.name)]
+    else:
+        entries = list(dict.fromkeys(_in_manifest(source)))
     if not entries:
         raise ValueError(f"{source}: lists no video and no image")
     return entries
 
 
+def _kind(path: Path) -> str | None:
+    return "image" if path.suffix.lower() in IMAGES else "video" if path.suffix.lower() in VIDEOS else None
+
+
 def _in_folder(folder: Path) -> list[Entry]:
     found, folder = [], folder.absolute()
     for path in sorted(folder.rglob("*")):
-        kind = "image" if path.suffix.lower() in IMAGES else "video" if path.suffix.lower() in VIDEOS else None
+        kind = _kind(path)
         if kind and path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
             found.append(Entry(kind, path, path.relative_to(folder).as_posix()))
     return found
@@ -55,9 +68,10 @@ def _in_manifest(path: Path) -> Iterator[Entry]:
             if not line.strip():
                 continue
             try:
-                values = json.loads(line)
+                values = json.loads(line.decode("utf-8-sig"))
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+                expected = f"expected a manifest of JSON lines, a folder, or a clip that ends in {', '.join(VIDEOS)}"
+                raise ValueError(f"{path}, line {number}: not JSON ({error}); {expected}") from None
             kinds = [kind for kind in KINDS if isinstance(values, dict) and isinstance(values.get(kind), str)]
             if len(kinds) != 1:
                 raise ValueError(f'{path}, line {number}: expected {{"video": path}} or {{"image": path}}')

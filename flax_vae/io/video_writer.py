@@ -117,5 +117,8 @@ def write_image(path: PathLike, frame: np.ndarray) -> None:
         raise ValueError(f"{path}: images are written as .png")
     if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] != 3:
         raise ValueError(f"got {frame.dtype} {frame.shape}, expected uint8 (H, W, 3)")
+    encoder: Any = av.CodecContext.create("png", "w")  # FFmpeg's writer of images would expand a %d in the path
+    encoder.height, encoder.width, encoder.pix_fmt, encoder.time_base = *frame.shape[:2], "rgb24", Fraction(1, 25)
+    packets = encoder.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24"))
     with replacing(path) as part:
-        av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24").save(str(part))
+        part.write_bytes(b"".join(bytes(packet) for packet in [*packets, *encoder.encode(None)]))

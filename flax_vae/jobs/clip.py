@@ -127,6 +127,14 @@ def open_clip(path: Path, config: VAEConfig, size: str | None, frames: int | Non
     return Clip(path, height, width, fps, frames, info.frames, config, info.is_image, bool(info.sound), about)
 
 
+def open_entry(kind: str, path: Path, config: VAEConfig, size: str | None, frames: int | None) -> Clip:
+    """Opens a "video" or an "image" as `open_clip` does; an APNG or the like that is an image is its first frame."""
+    clip = open_clip(path, config, size, 1 if kind == "image" else frames)
+    if kind == "image" and not clip.is_image:
+        note(f"{path}: holds more than one frame, of which the first is read")
+    return clip
+
+
 def check_reading(config: VAEConfig, size: str | None, frames: int | None) -> int:
     """Returns what sizes are multiples of; ValueError for a model, size or number of frames that no clip can have."""
     check_pixels(config)

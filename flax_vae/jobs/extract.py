@@ -17,7 +17,7 @@ from flax_vae.io.latents import SUFFIX, Latents, write_latents
 from flax_vae.io.manifest import Entry, Log, as_json, read_entries, read_log, read_settings, write_lines
 from flax_vae.io.video_reader import UNREADABLE
 from flax_vae.jobs.budget import batch_clips, chunk_latents
-from flax_vae.jobs.clip import Clip, check_reading, open_clip
+from flax_vae.jobs.clip import Clip, check_reading, open_entry
 from flax_vae.jobs.encode import about_latents, encode_clip
 from flax_vae.jobs.job import folder_of
 from flax_vae.jobs.model import Model, check_stream, load, read_config
@@ -36,7 +36,7 @@ def extract(source: Path, out: Path, weights: str, options: Options, part: tuple
     """Encodes the clips of a data set, and goes on with it where some are done; the last part to end finishes `out`.
 
     Args:
-      source: a folder or a manifest.
+      source: a folder, a manifest or a clip.
       out: the folder to write.
       weights: a checkpoint.
       options: how to read and compute.
@@ -76,7 +76,7 @@ class Extraction:
             self._meter.already(len(entries) - len(left))
             for i, entry in enumerate(left):
                 try:
-                    clip = open_clip(entry.path, config, self.options.size, self.options.frames)
+                    clip = open_entry(entry.kind, entry.path, config, self.options.size, self.options.frames)
                     check_stream(self.options.mesh, config, [(clip.height, clip.width)])
                 except UNREADABLE as error:
                     self.add(entry, {"error": str(error)})

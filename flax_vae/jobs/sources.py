@@ -8,7 +8,7 @@ from pathlib import Path
 from flax_vae.io import files
 from flax_vae.io.files import IMAGES
 from flax_vae.io.video_writer import SUFFIXES
-from flax_vae.jobs.clip import Clip, open_clip
+from flax_vae.jobs.clip import Clip, open_entry
 from flax_vae.jobs.job import check_begun, folder_of
 from flax_vae.jobs.model import check_stream
 from flax_vae.jobs.options import Options
@@ -23,7 +23,8 @@ def open_clips(source: Path, out: Path, suffix: str, config: VAEConfig, options:
     does not divide, for a target that is begun, unless `options` resume it, and for what `pairs` refuses.
     """
     found = pairs(source, out, suffix, options.resume)
-    opened = [(open_clip(path, config, options.size, options.frames), target) for path, target in found]
+    kind = "image" if source.is_dir() else "video"
+    opened = [(open_entry(kind, path, config, options.size, options.frames), target) for path, target in found]
     check_stream(options.mesh, config, ((clip.height, clip.width) for clip, _ in opened))
     for clip, target in opened:
         note(clip.about)

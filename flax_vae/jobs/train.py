@@ -31,7 +31,7 @@ def train(config: TrainConfig, data: Path, out: Path, mesh: str | None, fsdp: bo
 
     Args:
       config: what decides over the run.
-      data: a folder or a manifest.
+      data: a folder, a manifest or a clip.
       out: the folder of the run, which is gone on with where there is one.
       mesh: devices that share the work, as "data=4"; None is one device, or in a cluster all of them, by data.
       fsdp: whether the devices of data share the weights too.

@@ -15,7 +15,8 @@ import numpy as np
 from absl import flags
 
 from flax_vae.io.manifest import Entry, whole_lines
-from flax_vae.io.video_reader import UNREADABLE, draw_frames
+from flax_vae.io.video.draw import draw_frames
+from flax_vae.io.video_reader import UNREADABLE
 from flax_vae.train.config import ClipConfig
 
 MAX_TRIES = 64  # broken clips in a row after which it is the data set that is broken

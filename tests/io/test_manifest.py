@@ -5,7 +5,7 @@ import multiprocessing
 
 import pytest
 
-from flax_vae.io.manifest import Log, read_entries, read_log, read_settings, write_lines
+from flax_vae.io.manifest import Entry, Log, read_entries, read_log, read_settings, write_lines
 from tests.patience import PATIENCE
 
 SETTINGS = {"size": None, "frames": 17, "tiles": (1, 2)}
@@ -78,6 +78,26 @@ def test_a_manifest_that_is_something_else_is_refused_by_line(tmp_path, text, me
     with pytest.raises(ValueError, match=message) as caught:
         read_entries(manifest)
     assert str(manifest) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("a.MP4", "video"), ("a.png", "image"), ("a.m2ts", "video"), ("a.heic", "image")]
+)
+def test_a_clip_alone_is_a_data_set(tmp_path, monkeypatch, name, kind):
+    touch(tmp_path, name)
+    monkeypatch.chdir(tmp_path)
+    assert read_entries(name) == [Entry(kind, tmp_path / name, name)]
+
+
+def test_a_clip_without_its_suffix_is_refused_with_what_is_expected(tmp_path):
+    (tmp_path / "clip").write_bytes(b"\0\0\0\x18ftypmp42" + bytes(range(256)))
+    with pytest.raises(ValueError, match=r"line 1: not JSON .*a folder, or a clip that ends in \.mp4"):
+        read_entries(tmp_path / "clip")
+
+
+def test_a_manifest_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "all.jsonl").write_text('{"video": "a.mp4"}\n', encoding="utf-8-sig")
+    assert read_entries(tmp_path / "all.jsonl")[0].path == tmp_path / "a.mp4"
 
 
 def test_a_folder_without_clips_and_no_folder_are_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,7 @@ pytest.importorskip("grain", reason="batches are drawn by grain")
 from flax_vae.io.manifest import read_entries
 from flax_vae.train.config import PRESETS, ClipConfig
 from flax_vae.train.data import batches
+from tests.clips import encode, remux, with_options
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +128,29 @@ def test_images_alone_train_only_on_images(folder, tmp_path):
 def test_videos_alone_give_their_frames_as_images(folder, tmp_path):
     (tmp_path / "0.mp4").write_bytes((folder / "0.mp4").read_bytes())
     assert {batch.shape[1] for batch in drawn(tmp_path, 8)} == {1, 9}
+
+
+@pytest.mark.parametrize("name", ["0.mp4", "trimmed.mp4", "0.ts", "late.mkv", "fragments.mp4", "animated.png"])
+def test_any_clip_alone_is_trained_on(folder, tmp_path, name):
+    path = tmp_path / name
+    if name == "0.mp4":
+        shutil.copy(folder / name, path)
+    elif name == "animated.png":
+        clip = np.stack([picture(3, frame) for frame in range(12)])
+        encode(tmp_path / "source.apng", clip, "apng", "rgb24").rename(path)
+    else:
+        shown = np.stack([picture(3, frame) for frame in range(20)])
+        source = encode(tmp_path / "source.mp4", shown, prepare=with_options(40, bf=2, preset="ultrafast"))
+        shift, options = {
+            "trimmed.mp4": (-7, {"avoid_negative_ts": "disabled"}),
+            "late.mkv": (250, {}),
+            "fragments.mp4": (0, {"movflags": "frag_keyframe+empty_moov"}),
+        }.get(name, (0, {}))
+        remux(source, path, shift, **options)
+    config = replace(CONFIG, images=1.0 if name.endswith("png") else 0.0)
+    every = itertools.islice(batches(read_entries(path), config, 0, 0, tmp_path / "broken.jsonl"), 8)
+    assert {batch.shape[1:] for batch in every} == {(1 if name.endswith("png") else 9, 16, 16, 3)}
+    assert not (tmp_path / "broken.jsonl").exists()
 
 
 def test_presets_differ_as_the_recipe_does():

@@ -8,7 +8,7 @@ from typing import Any
 
 from flax_vae.io.manifest import read_entries
 from flax_vae.io.video_reader import UNREADABLE
-from flax_vae.jobs.clip import Clip, check_reading, expected_frames, open_clip
+from flax_vae.jobs.clip import Clip, check_reading, expected_frames, open_entry
 from flax_vae.jobs.evaluation.instruments import prepare
 from flax_vae.jobs.evaluation.measurement import measure_all
 from flax_vae.jobs.evaluation.scores import Evaluation, Failure
@@ -83,9 +83,9 @@ def open_clips(data: Path, config: VAEConfig, options: Options, min_side: int) -
     is_one = not data.is_dir() and data.suffix.lower() != ".jsonl"
     clips: list[Clip] = []
     failed: list[Failure] = []
-    for path in [data] if is_one else [entry.path for entry in read_entries(data)]:
+    for kind, path in [("video", data)] if is_one else [(entry.kind, entry.path) for entry in read_entries(data)]:
         try:
-            clip = open_clip(path, config, options.size, options.frames)
+            clip = open_entry(kind, path, config, options.size, options.frames)
             if min(clip.height, clip.width) < min_side:
                 size = f"{clip.height}x{clip.width}"
                 raise ValueError(f"{path}: {size} is too small to compare, expected {min_side} pixels")
