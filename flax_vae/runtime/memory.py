@@ -90,8 +90,8 @@ def format_bytes(size: int) -> str:
 def step_bytes(step: Compiled, first: jax.ShapeDtypeStruct, later: jax.ShapeDtypeStruct | None = None) -> int:
     """Returns the bytes that a stream takes; compiles its step, but runs nothing and allocates no array.
 
-    The program of a later chunk counts weights, chunk, carry, result and temporaries. Beside them a stream holds a
-    result that is being written, the carry after it, and a chunk that was read ahead, with its source.
+    The program of a later chunk counts weights, chunk, carry, result and temporaries. Beside them a stream holds the
+    result that was yielded last, the result and the carry of the chunk that is queued, and that chunk with its source.
 
     Args:
       step: of `flax_vae.runtime.stream.compiled`; it will run the program that is compiled here.
@@ -108,7 +108,7 @@ def step_bytes(step: Compiled, first: jax.ShapeDtypeStruct, later: jax.ShapeDtyp
         raise ValueError(f"the first chunk {first.shape} must not be larger than a later one {later.shape}")
     _, carry = step.trace(first, None).out_info
     traced = step.trace(later, carry)
-    arrays = program_bytes(traced) + tree_bytes((traced.out_info, later, later))
+    arrays = program_bytes(traced) + tree_bytes((traced.out_info[0], traced.out_info, later, later))
     return process_bytes(arrays)
 
 

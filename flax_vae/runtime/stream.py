@@ -19,9 +19,11 @@ from numpy.typing import ArrayLike
 
 from flax_vae.models.config import ExtraFrames, VAEConfig
 from flax_vae.models.vae import fit_frames
+from flax_vae.runtime.heaps import trim_heaps
 from flax_vae.runtime.parallel import replicate, run_step, shard_step
 
 Step = Callable[[Any, Any], tuple[Any, Any]]  # (clip or chunk, carry) -> (result, carry)
+MIN_TRIMMED_BYTES = 16 * 2**20  # of a result and its carry: trimming takes time, and streams of less do not grow
 
 
 def encode(
@@ -65,7 +67,8 @@ class Stream(Iterator):
     continued at any time, in another process too, to the same bits (`flax_vae.io.trees` writes and reads it).
 
     The next chunk is read and dispatched to the device before a result is yielded: the device computes while the caller
-    reads and writes. An error in reading a chunk is raised after the results of the chunks before it.
+    reads and writes. What is yielded is computed, so that a stream is never more than that one chunk ahead of its
+    caller. An error in reading a chunk is raised after the results of the chunks before it.
     """
 
     def __init__(self, step: Step, chunks: Iterable, carry: Any = None):
@@ -86,12 +89,21 @@ def _one_ahead(step, chunks, carry):
             after = step(chunk, carry)
             carry = after[1]
             del chunk
-            yield from before
+            yield from _computed(before)
             before = (after,)
     except Exception:  # in reading or computing the next chunk; the result before it is whole
-        yield from before
+        yield from _computed(before)
         raise
-    yield from before
+    yield from _computed(before)
+
+
+def _computed(results):
+    """Waits for results: jax queues any number of programs, whose results all take memory, if nobody waits for one."""
+    jax.block_until_ready(results)
+    size = sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree.leaves(results))
+    if size >= MIN_TRIMMED_BYTES and jax.default_backend() == "cpu":
+        trim_heaps()
+    return results
 
 
 def compiled(method: Step, mesh: Mesh | None = None) -> Compiled:

@@ -1,6 +1,7 @@
 """Budgets: memory told ahead is enough and not far off, the largest that fits is taken, too little is refused."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -205,6 +206,44 @@ def test_a_stream_takes_no_more_than_was_told_and_not_far_less(job, latents, siz
     )
     measured = json.loads(run.stdout)
     assert measured["peak"] <= measured["told"] <= 3 * measured["peak"]
+
+
+STREAM = """
+import sys
+import numpy as np
+import flax_vae
+
+job, frames = sys.argv[1], int(sys.argv[2])
+vae = flax_vae.CausalVideoVAE.from_pretrained("default")
+shape = lambda n: (1, 8 * n or 1, 192, 192, 3) if job == "encode" else (1, n or 1, 24, 24, 16)
+rng = np.random.default_rng(0)
+chunks = (rng.standard_normal(shape(n), np.float32) for n in (0, *[2] * (frames // 16)))
+for result in getattr(flax_vae.stream, job)(vae, chunks):
+    if sys.argv[3] == "waits":
+        np.asarray(getattr(result, "mean", result))
+print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the peak of a process is read from /proc")
+@pytest.mark.parametrize("reader", ["waits", "does not wait"])
+@pytest.mark.parametrize("job", ["encode", "decode"])
+def test_a_stream_of_ten_times_the_frames_takes_the_same_memory(job, reader):
+    settings = ("XLA_", "JAX_", "MALLOC_")  # of the tests, not of who imports flax_vae
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(settings)}
+    environment["JAX_PLATFORMS"] = "cpu"
+
+    def peak(frames):
+        command = [sys.executable, "-c", STREAM, job, str(frames), reader]
+        run = subprocess.run(
+            command, cwd=Path(__file__).parents[2], env=environment, stdout=subprocess.PIPE, check=True
+        )
+        return int(run.stdout)
+
+    short, long = (peak(frames) for frames in (97, 961))
+    print(f"{job}, {reader}: {short // 1024} and {long // 1024} MiB")
+    assert long <= 1.05 * short
 
 
 def write(root, path, text):

@@ -358,6 +358,69 @@ def test_the_next_chunk_is_read_and_begun_before_a_result_is_given_and_no_more()
     ]
 
 
+class Queue:
+    """A device that computes only what is waited for, in the order of dispatch; counts what it has not computed yet."""
+
+    def __init__(self, lost=None):
+        self.dispatched, self.done, self.lost = 0, 0, lost
+
+    def step(self, chunk, carry):
+        self.dispatched += 1
+        return Pending(self, self.dispatched), Pending(self, self.dispatched)
+
+    @property
+    def waiting(self):
+        return self.dispatched - self.done
+
+
+@dataclasses.dataclass
+class Pending:
+    """What a program returns; `number` is that of its dispatch."""
+
+    queue: Queue
+    number: int
+
+    def block_until_ready(self):
+        if self.number == self.queue.lost:
+            raise OSError("device lost")
+        self.queue.done = max(self.queue.done, self.number)
+        return self
+
+
+def no_wait(results):
+    return results
+
+
+@pytest.mark.parametrize("read", [no_wait, jax.block_until_ready], ids=["does not wait", "waits"])
+def test_a_stream_is_one_chunk_ahead_of_a_reader_that_waits_and_of_one_that_does_not(read):
+    queue, given = Queue(), 0
+    for result in stream.Stream(queue.step, map(np.array, range(8))):
+        given += 1
+        assert (result.number, queue.dispatched) == (given, min(given + 1, 8))
+        assert queue.waiting == (given < 8)  # the next chunk is computed while the reader works, no other
+        read(result)
+    assert given == 8
+
+
+def test_running_further_ahead_would_be_noticed(monkeypatch):
+    monkeypatch.setattr(stream, "_computed", no_wait)
+    queue = Queue()
+    assert [queue.waiting for _ in stream.Stream(queue.step, map(np.array, range(8)))] == [2, 3, 4, 5, 6, 7, 8, 8]
+
+
+def test_results_of_a_model_are_computed_when_they_are_given(code):
+    for result in code.start(code.vae, code.chunks(ONES)):
+        assert all(leaf.is_ready() for leaf in jax.tree.leaves(result))
+
+
+def test_a_chunk_that_fails_on_the_device_is_an_error_after_the_results_before_it():
+    queue, numbers = Queue(lost=3), []
+    running = stream.Stream(queue.step, map(np.array, range(8)))
+    with pytest.raises(OSError, match="device lost"):
+        numbers.extend(result.number for result in running)
+    assert (numbers, running.carry.number) == ([1, 2], 2)
+
+
 def test_a_stream_holds_one_chunk_one_result_ahead_and_nothing_older():
     arrays: list[weakref.ref] = []
 
