@@ -1,11 +1,9 @@
 """Checkpoints that torch wrote, and ours that torch reads: the same bits, and no file that can run code."""
 
-import gc
 import os
 import pickle
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import jax
@@ -115,15 +113,6 @@ def test_views_and_transposed_and_trained_tensors_are_read_as_they_are(tmp_path)
     assert all(np.array_equal(found[key].astype(float), tensors[key].detach().double().numpy()) for key in tensors)
 
 
-def test_tensors_stay_valid_when_the_file_is_opened_anew(tmp_path, vae, monkeypatch):
-    monkeypatch.setattr("flax_vae.io.weights.MAPPED_LIMIT", 1)
-    weights = state(vae)
-    torch.save(weights, tmp_path / "some.pt")
-    found = read(tmp_path / "some.pt")
-    gc.collect()
-    assert all(found[key].tobytes() == as_bytes(weights[key]) for key in weights)
-
-
 @pytest.mark.parametrize("containers", [["model"], ["state_dict"], ["model", "state_dict"]])
 @pytest.mark.parametrize("prefix", ["", "vae.", "module.vae."])
 def test_training_checkpoints_load(tmp_path, vae, containers, prefix):
@@ -134,11 +123,6 @@ def test_training_checkpoints_load(tmp_path, vae, containers, prefix):
         content = {name: content, "optimizer": {"state": {0: torch.ones(3)}, "lr": 1e-4}, "epoch": 7}
     torch.save(content, tmp_path / "last.pth")
     assert equal(flax_vae.CausalVideoVAE.from_pretrained(tmp_path / "last.pth", config=CONFIG), state(vae))
-
-
-def test_two_containers_side_by_side_are_refused(tmp_path):
-    torch.save({"model": {"a": torch.ones(1)}, "state_dict": {"a": torch.zeros(1)}}, tmp_path / "two.pt")
-    assert "both model and state_dict" in refusal(tmp_path / "two.pt")
 
 
 class Malicious:
@@ -165,8 +149,8 @@ def test_no_file_runs_a_command(tmp_path, suffix, form, place):
     else:
         path.write_bytes(pickle.dumps(content, protocol=0 if form == "protocol 0" else 4))
     message = refusal(path)
-    if form == "zip" and suffix != ".safetensors":
-        assert "posix.system" in message or "nt.system" in message
+    if suffix != ".safetensors":
+        assert "it would run posix.system" in message or "it would run nt.system" in message
     with pytest.raises(ValueError):
         flax_vae.CausalVideoVAE.from_pretrained(tmp_path, config=CONFIG)
     assert not (tmp_path / "ran").exists()
@@ -183,24 +167,24 @@ def quantized():
 
 
 STRANGE = {
-    "module": (lambda: torch.nn.Linear(2, 2), "torch.nn.modules.linear.Linear"),
-    "arguments": (lambda: {"model": {}, "args": Namespace(lr=1)}, "argparse.Namespace"),
-    "numpy array": (lambda: {"a": np.ones(3)}, "numpy"),
-    "number": (lambda: 3, "int"),
-    "list": (lambda: [torch.ones(2)], "list"),
-    "number beside tensors": (lambda: {"a": torch.ones(2), "epoch": 3}, "epoch"),
-    "names that are numbers": (lambda: {0: torch.ones(2)}, "0"),
-    "nested": (lambda: {"encoder": {"weight": torch.ones(2)}}, "encoder"),
-    "loop": (looped, "model"),
-    "sparse": (lambda: {"a": torch.eye(3).to_sparse()}, "'a'"),
-    "quantized": (lambda: {"a": quantized()}, "'a'"),
-    "without data": (lambda: {"a": torch.ones(3, device="meta")}, "'a'"),
+    "numpy array": (lambda: {"a": np.ones(3)}, "no tensors by name, but 'a'"),
+    "number": (lambda: 3, "a int"),
+    "list": (lambda: [torch.ones(2)], "a list"),
+    "names that are numbers": (lambda: {0: torch.ones(2)}, "a dict"),
+    "loop": (looped, "'model'"),
+    "sparse": (lambda: {"a": torch.eye(3).to_sparse()}, "'a' is no plain tensor, but a sparse_tensor"),
+    "quantized": (lambda: {"a": quantized()}, "'a' is no plain tensor, but a qtensor"),
+    "without data": (lambda: {"a": torch.ones(3, device="meta")}, "'a' is no plain tensor, but a meta_tensor"),
+    "negated": (
+        lambda: {"a": torch.ones(3, dtype=torch.complex64).conj().imag},
+        "'a' is no plain tensor, but a negated",
+    ),
 }
 
 
 @pytest.mark.filterwarnings("ignore:.*(TypedStorage|quantize_per_tensor)")
 @pytest.mark.parametrize(("make", "said"), STRANGE.values(), ids=STRANGE.keys())
-def test_files_of_more_than_plain_tensors_are_refused_by_name(tmp_path, make, said):
+def test_files_without_plain_tensors_are_refused_by_name(tmp_path, make, said):
     torch.save(make(), tmp_path / "strange.pt")
     assert said in refusal(tmp_path / "strange.pt")
 
@@ -230,13 +214,6 @@ def test_mislabelled_files_are_refused_with_what_they_are(tmp_path, vae):
     assert "git lfs pull" in refusal(tmp_path / "pointer.pth")
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "script.pt")
     refusal(tmp_path / "script.pt")
-
-
-def test_torch_that_could_run_code_is_refused(tmp_path, monkeypatch):
-    torch.save({"a": torch.ones(2)}, tmp_path / "some.pt")
-    monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
-    with pytest.raises(ImportError, match=r"torch>=2\.6"):
-        read(tmp_path / "some.pt")
 
 
 MEASURE = """

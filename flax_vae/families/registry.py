@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Mapping
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from flax_vae.families.pyramid import CausalVideoVAE
 from flax_vae.io import port
 from flax_vae.io.checkpoint import CONFIG_FILE, Checkpoint, open_checkpoint
 from flax_vae.io.files import read_json
+from flax_vae.io.foreign import hub, wrapped
 from flax_vae.models.config import VAEConfig
 from flax_vae.models.latents import LatentScaling
 from flax_vae.models.vae import VideoVAE
@@ -25,41 +26,53 @@ def from_pretrained(
     subfolder: str | None = None,
     dtype: DTypeLike = jnp.float32,
     config: VAEConfig | None = None,
+    variant: str | None = None,
+    part: str | None = None,
 ) -> VideoVAE:
     """Loads a checkpoint of any family in a public torch layout, ready for inference (dropout off).
 
     The family is the one that `_class_name` in config.json names, or that the weights' names and shapes show.
 
     Args:
-      path_or_hub_name: a directory with config.json and weights, a weights file, a hub name "owner/name[/folder]", or
-        "default", the small model in this package. Weights are *.safetensors (also sharded), or .bin, .pt, .pth, which
-        need torch.
+      path_or_hub_name: a directory with config.json and weights, a weights file, a name on the hub, as
+        "owner/name[/folder]", or "default", the small model in this package. Weights are *.safetensors (also sharded),
+        or .bin, .pt, .pth, .ckpt, also a trainer's own checkpoint.
       subfolder: the folder of the checkpoint in there, as "vae" in a pipeline.
       dtype: what the weights are cast to: float32, bfloat16, float16, or float64 where jax has it enabled.
       config: replaces config.json, for weights that come without one.
+      variant: the copy of the weights that is meant, as "fp16", by default the one that is called no variant.
+      part: the part of a trainer's checkpoint that is meant, by the prefix of its names, as "ema".
 
     Raises:
       FileNotFoundError: there is no such checkpoint. ValueError: an unknown family, a damaged or hostile file, an
       unsupported config, or tensors that are not exactly those of the model; all of them are listed.
     """
-    source = open_source(path_or_hub_name, subfolder)
+    source = open_source(path_or_hub_name, subfolder, variant, part)
     config = read_config(source) if config is None else config
     return family_of(config).load(source, config, dtype)
 
 
-def open_source(path_or_hub_name: str | PathLike, subfolder: str | None = None) -> Checkpoint:
+def open_source(
+    path_or_hub_name: str | PathLike,
+    subfolder: str | None = None,
+    variant: str | None = None,
+    part: str | None = None,
+) -> Checkpoint:
     """Opens a checkpoint; the error of a directory without one names its subfolders that have one."""
     try:
-        source = open_checkpoint(path_or_hub_name, subfolder)
+        source = open_checkpoint(path_or_hub_name, subfolder, variant, part)
         if source.has_config():
             class_of(source.config())
         return source
     except (FileNotFoundError, ValueError) as error:
-        folder = Path(path_or_hub_name, subfolder or "")
+        folder, name = Path(path_or_hub_name, subfolder or ""), fspath(path_or_hub_name)
+        if not Path(path_or_hub_name).exists() and error.__cause__ is None:  # otherwise the hub could not be asked
+            folder = hub.configs(name, subfolder) or folder
         found = [path.parent.name for path in sorted(folder.glob(f"*/{CONFIG_FILE}")) if is_known(path)]
         if not found:
             raise
-        raise type(error)(f"{error}; {folder} has checkpoints in {', '.join(found)}: name one as subfolder") from None
+        where = folder if Path(path_or_hub_name).exists() else name
+        raise type(error)(f"{error}; {where} has checkpoints in {', '.join(found)}: name one as subfolder") from None
 
 
 def is_known(path: Path) -> bool:
@@ -78,8 +91,7 @@ def class_of(values: Mapping[str, Any]) -> type[VideoVAE]:
     name = values.get("_class_name")
     if isinstance(name, str) and name in FAMILIES:
         return FAMILIES[name]
-    given = {key for key in values if not key.startswith("_")}
-    fitting = [family for family in FAMILIES.values() if given and given <= family.config_class.public_keys()]
+    fitting = [family for family in FAMILIES.values() if family.config_class.takes(values)]
     if name is None and len(fitting) == 1:
         return fitting[0]
     what = f"_class_name is {name!r}, no family of flax_vae" if name else "the config has no _class_name"
@@ -114,12 +126,12 @@ def read_config(source: Checkpoint) -> VAEConfig:
     if source.has_config():
         return config_from_dict(source.config())
     shapes = source.shapes()
-    plain = {name: shapes[names[0]] for name, names in port.unwrapped(shapes).items()}
-    for family in FAMILIES.values():
-        with contextlib.suppress(ValueError):
-            config = family.config_class.from_shapes(plain)
-            port.match(family.abstract(config), shapes)
-            return config
+    for names in wrapped.branches(shapes):
+        for family in FAMILIES.values():
+            with contextlib.suppress(ValueError):
+                config = family.config_class.from_shapes({name: shapes[held] for name, held in names.items()})
+                port.match(family.abstract(config), {held: shapes[held] for held in names.values()})
+                return config
     raise FileNotFoundError(
         f"no {CONFIG_FILE} beside the weights in {source.directory}, and their names and shapes are not those of "
         f"{', '.join(FAMILIES)}: add it or pass a config"

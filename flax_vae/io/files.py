@@ -12,8 +12,13 @@ from typing import Any, TypeVar
 import filelock
 
 PathLike = str | os.PathLike[str]
+<<<<<<< HEAD
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif")  # suffixes of stills
 SAFE, PICKLED = (".safetensors",), (".bin", ".pt", ".pth")  # suffixes of weights
+=======
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # suffixes of files with one picture
+SAFE, PICKLED = (".safetensors",), (".bin", ".pt", ".pth", ".ckpt")  # suffixes of weights
+>>>>>>> w-weights
 JSON_LIMIT = 2**26  # bytes of a JSON file
 T = TypeVar("T")
 

@@ -4,8 +4,8 @@ The key of a parameter is its attribute path in our module, except for the last 
 axes, are what its layer's `torch` says. A model's `layouts` map keys to the names in files: diffusers' or the authors'.
 """
 
-import re
-from collections.abc import Callable, Collection, Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -15,10 +15,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import DTypeLike
 
+from flax_vae.io.foreign import wrapped
 from flax_vae.io.weights import DTYPES, Arrays, Spec, Tensors
 
 Layout = Callable[[str], str]  # our key -> name of the tensor in a file
-WRAPPERS = re.compile(r"^(?:module\.|vae\.)+")
 
 
 class Parameter(NamedTuple):
@@ -93,14 +93,13 @@ def load(module: nnx.Module, source: Tensors, dtype: DTypeLike = jnp.float32) ->
 
     Args:
       module: may be abstract, from `nnx.eval_shape`; its random state then gets values too.
-      source: tensors in one of the module's layouts. Names may carry the prefixes `module.` and `vae.`; beside tensors
-        under `vae.`, those under `loss.` are other parts of a training checkpoint (discriminator, perceptual loss) and
-        are left out. Shapes may differ from ours by trailing ones, as those of 1x1 convolutions from linear layers.
+      source: tensors in one of the module's layouts, under any prefix and in wrappers, as `match` finds them. Shapes
+        may differ from ours by trailing ones, as those of 1x1 convolutions from linear layers.
       dtype: a floating-point dtype.
 
     Raises:
-      ValueError: before any tensor is read, listing all that are missing, unexpected, given twice, of another shape, or
-        not floating point; also for another `dtype`, or float64 where jax has it disabled. While reading, for a damaged
+      ValueError: before any tensor is read, listing all that are missing, unexpected, of another shape, or not
+        floating point; also for another `dtype`, or float64 where jax has it disabled. While reading, for a damaged
         file, and for values too large for the dtype; what was read before stays.
     """
     dtype = np.dtype(dtype)
@@ -117,43 +116,64 @@ def load(module: nnx.Module, source: Tensors, dtype: DTypeLike = jnp.float32) ->
 
 
 def match(module: nnx.Module, shapes: Mapping[str, Spec]) -> dict[str, str]:
-    """Returns the source's name of every key of a module, in the layout that shares most names with the source.
+    """Returns the source's name of every key of a module, in the layout and under the prefix that share most with it.
+
+    Names may be wrapped, and stand beside other parts of a training checkpoint, which are left out, as are counters:
+    integers that belong to no layer. Where the source holds the module's tensors and their average, the average is
+    taken, with a warning.
 
     Raises ValueError, which lists all problems at once, unless that is a bijection between keys and tensors.
     """
-    ours = parameters(module)
-    layouts = [{layout(key): key for key in ours} for layout in layouts_of(module).values()]
-    found = unwrapped(shapes, known=set().union(*layouts))
-    wanted = max(layouts, key=lambda names: len(found.keys() & names.keys()))
-    problems = [f"missing: {name} {ours[key].torch_shape}" for name, key in wanted.items() if name not in found]
-    for name, names in found.items():
-        shape, dtype = shapes[names[0]]
-        if len(names) > 1:
-            problems.append(f"given twice: {name}, as {' and '.join(names)}")
-        elif name not in wanted:
-            problems.append(f"unexpected: {names[0]} {shape}")
-        elif any(a != b for a, b in zip_longest(shape, ours[wanted[name]].torch_shape, fillvalue=1)):  # trailing ones
-            problems.append(f"wrong shape: {names[0]} is {shape}, expected {ours[wanted[name]].torch_shape}")
+    ours, what = parameters(module), type(module).__name__
+    candidates = []
+    for layout in layouts_of(module).values():
+        named = {layout(key): key for key in ours}
+        if parts := wrapped.find_parts(named, shapes):
+            part, choice = wrapped.choose(parts)
+            candidates.append((len(part.found), wrapped.outside(part, parts), named, choice))
+    if not candidates:
+        prefix = wrapped.common_prefix(list(shapes)) if shapes else ""
+        where = f", all under {prefix!r}," if prefix else ""
+        got = f"{len(shapes)} tensors{where} such as {', '.join([*shapes][:2])}"
+        raise ValueError(f"these are not the weights of this {what}: expected names as {next(iter(ours))}, got {got}")
+    _, part, named, choice = max(candidates, key=lambda candidate: candidate[0])
+    if problems := problems_of(part, named, ours, shapes):
+        where = f", which were looked for under {part.prefix!r}" if part.prefix else ""
+        raise ValueError(f"these are not the weights of this {what}{where}:\n  " + "\n  ".join(problems))
+    if choice:
+        warnings.warn(choice, stacklevel=2)
+    return {named[name]: held for name, held in part.found.items()}
+
+
+def problems_of(
+    part: wrapped.Part, named: Mapping[str, str], ours: Mapping[str, Parameter], shapes: Mapping[str, Spec]
+) -> list[str]:
+    """Lists what is missing from a part of a source, unexpected in it, or of another shape or dtype than ours."""
+    wanted = {name: ours[key].torch_shape for name, key in named.items()}
+    problems = [f"missing: {line}" for names in part.missing for line in listed(names, wanted)]
+    extra = [[name for name in names if not is_counter(name, part.prefix, shapes[name])] for names in part.unexpected]
+    given = {name: shape for name, (shape, _) in shapes.items()}
+    problems += [f"unexpected: {line}" for names in extra for line in listed(names, given)]
+    for name, held in part.found.items():
+        shape, dtype = shapes[held]
+        if any(a != b for a, b in zip_longest(shape, wanted[name], fillvalue=1)) and dtype in DTYPES:  # trailing ones
+            problems.append(f"wrong shape: {held} is {shape}, expected {wanted[name]}")
         elif dtype not in DTYPES:
-            problems.append(f"wrong dtype: {names[0]} is {dtype}, expected one of {', '.join(DTYPES)}")
-    if problems:
-        raise ValueError(f"these are not the weights of this {type(module).__name__}:\n  " + "\n  ".join(problems))
-    return {key: found[name][0] for name, key in wanted.items()}
+            problems.append(f"wrong dtype: {held} is {dtype}, expected one of {', '.join(DTYPES)}")
+    return problems
 
 
-def unwrapped(shapes: Mapping[str, Spec], known: Collection[str] = ()) -> dict[str, list[str]]:
-    """Returns the names in a source by their names without wrappers; `known` names stay as they are.
+def listed(names: list[str], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Returns the names of a branch with their shapes, or, for many, how many there are."""
+    if len(names) > wrapped.MAX_LISTED:
+        return [f"all {len(names)} tensors under {wrapped.common_prefix(names)}"]
+    return [f"{name} {shapes[name]}" for name in names]
 
-    Beside tensors under `vae.`, those under `loss.` are other parts of a training checkpoint, and are left out.
-    """
-    is_training = any(re.match(r"(?:module\.)*vae\.", name) for name in shapes)
-    found: dict[str, list[str]] = {}
-    for name in shapes:
-        if name in known:
-            found.setdefault(name, []).append(name)
-        elif not (is_training and re.match(r"(?:module\.)*loss\.", name)):
-            found.setdefault(WRAPPERS.sub("", name), []).append(name)
-    return found
+
+def is_counter(name: str, prefix: str, spec: Spec) -> bool:
+    """Whether a tensor counts something, such as the steps of an average: an integer that belongs to no layer."""
+    shape, dtype = spec
+    return not shape and "." not in name.removeprefix(prefix) and dtype.lower().startswith(("int", "uint", "i", "u"))
 
 
 def cast(key: str, tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:

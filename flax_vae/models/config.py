@@ -1,6 +1,8 @@
 """What every VAE's config can tell, and how a config.json is read: T frames, H W pixels; t h w z of latents."""
 
+import re
 import types
+import warnings
 from collections.abc import Mapping
 from dataclasses import Field, asdict, fields
 from os import PathLike
@@ -13,6 +15,13 @@ from flax_vae.io.weights import Spec
 ExtraFrames = Literal["error", "pad", "trim"]  # what to do with frames that do not complete a latent
 Streams = Literal["exact", "lookahead", "by_chunk", "whole"]
 Rounding = Literal["up", "down", "exact"]
+
+
+HOW_TO_RUN = re.compile(  # keys of other libraries' configs that change no result, or only its rounding
+    r"force_upcast|upcast_\w+|(torch_)?dtype|precision|device(_map)?|transformers_version|model_type|architectures|"
+    r"((use|enable)_)?(tiling|slicing|checkpointing|(gradient|activation)_checkpointing|framewise_(en|de)coding)|"
+    r"tile_\w+|(num_)?sample_(size|tsize|height|width|frames|posterior)"
+)
 
 
 class VAEConfig:
@@ -41,17 +50,32 @@ class VAEConfig:
 
     @classmethod
     def from_dict(cls, values: Any) -> Self:
-        """Reads the contents of a config.json; ValueError names keys that are not public and unsupported values."""
+        """Reads the contents of a config.json; ValueError names keys that are not public and unsupported values.
+
+        Keys that are not public but change nothing are left out, with a warning: those that are null or false, or say
+        how to run a model, such as `torch_dtype`.
+        """
         if not isinstance(values, Mapping):
             raise ValueError(f"a config must be an object of keys and values, got {type(values).__name__}")
         if not all(isinstance(key, str) for key in values):
             raise ValueError(f"config keys must be strings, got {', '.join(map(repr, values))}")
         if (name := values.get("_class_name", cls.class_name)) != cls.class_name:
             raise ValueError(f"_class_name is {name!r}, that of another model: expected {cls.class_name!r}")
-        if unknown := sorted(key for key in values if key not in cls.public_keys() and not key.startswith("_")):
+        others = {key: value for key, value in values.items() if key not in cls.public_keys() and key[:1] != "_"}
+        if unknown := sorted(key for key, value in others.items() if changes_function(key, value)):
             raise ValueError(f"unknown config keys: {', '.join(unknown)}; a config.json has no such settings")
+        if others:
+            what = f"left out of the config, null, false, or of how to run a model: {', '.join(sorted(others))}"
+            warnings.warn(what, stacklevel=2)
         given = {key: tuple(x) if isinstance(x := values[key], list) else x for key in cls.public_keys() & set(values)}
-        return cls(**given)
+        return cls(**given | {key: one_side(given[key]) for key in given.keys() & {"sample_size"}})
+
+    @classmethod
+    def takes(cls, values: Mapping[str, Any]) -> bool:
+        """Whether some keys of a config.json are this config's, and no others change what a model computes."""
+        given = {key: value for key, value in values.items() if not key.startswith("_")}
+        others = given.keys() - cls.public_keys()
+        return len(others) < len(given) and not any(changes_function(key, given[key]) for key in others)
 
     @classmethod
     def public_keys(cls) -> set[str]:
@@ -161,6 +185,21 @@ def type_problems(config: VAEConfig) -> list[str]:
     hints, values = get_type_hints(type(config)), vars(config)
     wrong = [key for key in values if not fits(values[key], hints[key])]
     return [f"{key} must be {type_name(hints[key])}, got {values[key]!r}" for key in wrong]
+
+
+def changes_function(key: str, value: Any) -> bool:
+    """Whether a setting that a config does not know may change what a model computes.
+
+    What is null or false is off, as all is that a config does not know; but what is called causal is always on.
+    """
+    return value is not None and (value is not False or "causal" in key) and not HOW_TO_RUN.fullmatch(key)
+
+
+def one_side(size: Any) -> Any:
+    """Returns the larger side of a sample size that gives two, 256 for one that is null, and any other as it is."""
+    if isinstance(size, tuple) and len(size) == 2 and all(type(side) is int for side in size):
+        return max(size)
+    return VAEConfig.sample_size if size is None else size
 
 
 def fits(value: Any, hint: Any) -> bool:

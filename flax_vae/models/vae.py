@@ -52,13 +52,15 @@ class VideoVAE(nnx.Module):
         subfolder: str | None = None,
         dtype: DTypeLike = jnp.float32,
         config: VAEConfig | None = None,
+        variant: str | None = None,
+        part: str | None = None,
     ) -> V:
         """Loads a checkpoint of this family, ready for inference (dropout off).
 
         Args, Raises: those of `flax_vae.from_pretrained`, which finds the family by itself; here the checkpoint's
         config.json must be this family's, or `config` be given.
         """
-        source = checkpoint.open_checkpoint(path_or_hub_name, subfolder)
+        source = checkpoint.open_checkpoint(path_or_hub_name, subfolder, variant, part)
         return cls.load(source, cls.config_class.from_dict(source.config()) if config is None else config, dtype)
 
     @classmethod

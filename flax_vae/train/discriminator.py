@@ -24,8 +24,8 @@ from flax_vae.ops.precision import accumulation_dtype
 
 WIDTHS = (64, 128, 256, 512)
 SLOPE = 0.2  # of leaky ReLU, below zero
-TRAINING_PREFIX = re.compile(r"((?:module\.)*)loss\.discriminator\.")
-KERNEL_NAME = re.compile(r"(?:module\.)*main\.(\d+)\.weight")
+TRAINING_PREFIX = re.compile(r"(?:.+\.)?loss\.discriminator\.")
+KERNEL_NAME = re.compile(r"(?:.+\.)?main\.(\d+)\.weight")
 
 
 class PatchDiscriminator(nnx.Module):
@@ -53,7 +53,7 @@ class PatchDiscriminator(nnx.Module):
         source = open_checkpoint(path_or_hub_name)
         shapes = source.shapes()
         names = [name for name in shapes if TRAINING_PREFIX.match(name)] or list(shapes)
-        keys = {TRAINING_PREFIX.sub(r"\1", name): name for name in names}
+        keys = {TRAINING_PREFIX.sub("", name): name for name in names}
         widths = kernel_widths({key: shapes[name] for key, name in keys.items()})
         module = nnx.eval_shape(lambda: cls(widths, rngs=nnx.Rngs(0)))
         port.load(module, Arrays({key: source.read(name) for key, name in keys.items()}))

@@ -113,7 +113,11 @@ def old_names(key):
     return "module.vae." + CausalVideoVAE.layouts["old"](key)
 
 
-@pytest.mark.parametrize("rename", [str, old_names])
+def wrapped_names(key):
+    return "state_dict.first_stage_model." + key.replace("encoder.", "encoder._orig_mod.")
+
+
+@pytest.mark.parametrize("rename", [str, old_names, wrapped_names])
 def test_weights_without_config_are_recognised_by_their_shapes_with_a_warning(tmp_path, rename):
     arrays = tensors(AS_RELEASED)
     folder = without_config(tmp_path / "weights", {rename(key): array for key, array in arrays.items()})

@@ -66,12 +66,63 @@ def test_lists_of_a_file_are_tuples_of_a_config_and_lists_again():
 
 def test_keys_are_the_fields_and_others_are_named():
     assert LittleConfig.public_keys() == {field.name for field in dataclasses.fields(LittleConfig)}
-    with pytest.raises(ValueError, match=r"unknown config keys: sample_size, streams; a config\.json has no such"):
-        LittleConfig.from_dict({"streams": "exact", "sample_size": 3, "scale": 1.0})
+    with pytest.raises(ValueError, match=r"unknown config keys: streams, zoom; a config\.json has no such"):
+        LittleConfig.from_dict({"streams": "exact", "zoom": 3, "scale": 1.0, "shift_factor": None})
     with pytest.raises(ValueError, match="config keys must be strings, got 3"):
         LittleConfig.from_dict({3: 4})
     with pytest.raises(ValueError, match="object of keys and values, got list"):
         LittleConfig.from_dict([])
+
+
+RUNS = {
+    "force_upcast": True,
+    "use_tiling": True,
+    "use_slicing": False,
+    "tile_sample_min_height": 240,
+    "torch_dtype": "bfloat16",
+    "gradient_checkpointing": True,
+    "enable_gradient_checkpointing": True,
+    "sample_height": 480,
+    "shift_factor": None,
+    "latents_mean": None,
+    "use_quant_conv": False,
+}
+
+
+def test_keys_that_are_null_false_or_of_how_to_run_are_left_out_and_named():
+    with pytest.warns(UserWarning, match="left out of the config") as caught:
+        assert LittleConfig.from_dict({"scale": 2.0} | RUNS) == LittleConfig(scale=2.0)
+    assert all(key in str(caught[0].message) for key in RUNS)
+    assert LittleConfig.takes({"scale": 2.0} | RUNS)
+    assert not LittleConfig.takes(RUNS)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("shift_factor", 0.1), ("latents_mean", [0.0]), ("is_causal", False), ("causal", False), ("use_quant_conv", True)],
+)
+def test_keys_that_would_change_the_function_are_refused_by_name(key, value):
+    assert not LittleConfig.takes({"scale": 2.0, key: value})
+    with pytest.raises(ValueError, match=f"unknown config keys: {key};"):
+        LittleConfig.from_dict(RUNS | {key: value})
+
+
+@dataclasses.dataclass(frozen=True)
+class SizedConfig(LittleConfig):
+    """A config that says the size of its samples."""
+
+    sample_size: int = 64
+
+
+@pytest.mark.parametrize(("given_size", "side"), [([96, 96], 96), ([32, 80], 80), (48, 48), (None, 256)])
+def test_a_sample_size_may_be_two_sides(given_size, side):
+    assert SizedConfig.from_dict({"sample_size": given_size}).sample_size == side
+
+
+@pytest.mark.parametrize("given_size", [[3, 4, 5], [3.5, 4], "256"])
+def test_other_sample_sizes_reach_the_check_of_types(given_size):
+    size = SizedConfig.from_dict({"sample_size": given_size}).sample_size
+    assert type_problems(SizedConfig(sample_size=size)) == [f"sample_size must be int, got {size!r}"]
 
 
 def test_another_family_s_config_is_refused():
@@ -83,7 +134,7 @@ def test_a_file_is_named_where_it_is_wrong(tmp_path):
     path = tmp_path / "config.json"
     path.write_text('{"scale": null, "names": ["y"]}')
     assert LittleConfig.from_json(path) == LittleConfig(names=("y",))
-    path.write_text('{"skale": null}')
+    path.write_text('{"skale": 1}')
     with pytest.raises(ValueError, match=r"config\.json: unknown config keys: skale"):
         LittleConfig.from_json(str(path))
 
