@@ -1,13 +1,15 @@
 """The command line `flax-vae`: one module a command, and here how they are called and how they fail."""
 
+import contextlib
 import importlib
 import inspect
 import os
+import select
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, NoReturn, Union
 
 from flax_vae.jobs import CheckFailed
 from flax_vae.runtime.cluster import is_joined, leave
@@ -37,13 +39,16 @@ class Terminated(KeyboardInterrupt):
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command in `args`, by default those of the process, and ends the process.
 
-    Exit codes: 0 done, 1 a check failed, 2 wrong usage or input, 130 interrupted, 143 terminated. Anything else is
-    a bug and shows its traceback.
+    Exit codes: 0 done, 1 a check failed, 2 wrong usage or input, 130 interrupted, 141 nobody reads what is printed, 143
+    terminated. Anything else is a bug and shows its traceback.
     """
     signal.signal(signal.SIGTERM, terminate)
     order_for_memory()
     try:
-        call(list(sys.argv[1:] if args is None else args))
+        try:
+            call(list(sys.argv[1:] if args is None else args))
+        finally:
+            sys.stdout.flush()  # at its own exit Python could only complain of a closed pipe
     except KeyboardInterrupt as stop:
         what, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
         report(stop, f"{what}; nothing half-written is left")
@@ -52,6 +57,8 @@ def main(args: Sequence[str] | None = None) -> None:
         report(error)
         leave(1)
     except (ValueError, OSError, ImportError) as error:
+        if isinstance(error, BrokenPipeError) and is_unread():
+            leave_unread()
         report(error, missing_package(error) if isinstance(error, ModuleNotFoundError) else None)
         leave(2)
     except Exception as error:
@@ -70,16 +77,35 @@ def terminate(*_) -> None:
     raise Terminated
 
 
+def is_unread() -> bool:
+    """Whether the reader of standard output or error, such as head, has gone."""
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        poll.register(stream.fileno(), 0)
+    return any(state & select.POLLERR for _, state in poll.poll(0))
+
+
+def leave_unread() -> NoReturn:
+    """Ends the process in silence, as SIGPIPE ends others."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(nowhere, stream.fileno())
+    leave(128 + signal.SIGPIPE)
+
+
 def report(error: BaseException, message: str | None = None) -> None:
     """Prints an error, or a message in its place, and its notes: what is done, and how to go on."""
     lines = [f"flax-vae: {message or error}", *getattr(error, "__notes__", [])]
-    print("\n".join(lines), file=sys.stderr, flush=True)
+    with contextlib.suppress(BrokenPipeError):  # nobody reads, and the exit code says it too
+        print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 def call(args: list[str]) -> None:
     """Parses the arguments and calls the command; tyro itself exits for --help and for wrong usage."""
     import tyro
 
+    if os.environ.get("NO_COLOR") or not sys.stderr.isatty():  # tyro itself looks at TERM and at standard output alone
+        tyro._experimental_options["ansi_codes"] = False
     if args and args[0] in COMMANDS:
         command = load(args[0], args[1:])
         tyro.cli(command, prog=f"flax-vae {args[0]}", args=args[1:], description=inspect.getdoc(command))

@@ -39,5 +39,7 @@ def decode(
     """
     from flax_vae.jobs import decode as job
 
-    meter = job.decode(latents, out, weights, options)
-    note(f"wrote {out}: {meter.pace()}")
+    meter, attempts = job.decode(latents, out, weights, options)
+    if attempts.done:
+        note(f"wrote {out}: {meter.pace()}")
+    attempts.check()

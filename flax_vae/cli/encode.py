@@ -34,7 +34,7 @@ def encode(video: Video, out: Out, weights: Weights, options: Coding = CODING, s
     from flax_vae.io.latents import Latents
     from flax_vae.jobs import encode as job
 
-    meter = job.encode(video, out, weights, options, scaling)
+    meter, attempts = job.encode(video, out, weights, options, scaling)
     if not video.is_dir():
         latents = Latents(out)
         rows = [
@@ -44,4 +44,6 @@ def encode(video: Video, out: Out, weights: Weights, options: Coding = CODING, s
             ("speed", meter.pace()),
         ]
         table(f"{video} to {out}", rows)
-    note(f"wrote {out}: {meter.pace()}")
+    if attempts.done:
+        note(f"wrote {out}: {meter.pace()}")
+    attempts.check()

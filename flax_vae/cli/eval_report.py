@@ -1,11 +1,10 @@
 """What comes of an evaluation: eval.json, eval.png, and the table on the screen."""
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from flax_vae.io.files import replacing
+from flax_vae.io.files import replacing, to_json
 from flax_vae.jobs.evaluation.picture import draw
 from flax_vae.jobs.evaluation.scores import ClipQuality, Evaluation, seam_text
 from flax_vae.jobs.screen import counted, first_few, note, table
@@ -22,8 +21,14 @@ def write(out: Path, evaluation: Evaluation, about: dict[str, Any]) -> None:
     """Writes eval.json and eval.png to a folder, which is made where it is missing."""
     out.mkdir(exist_ok=True)
     with replacing(out / JSON) as part:
-        part.write_text(json.dumps({**about, **as_dict(evaluation)}, default=str) + "\n", encoding="utf-8")
-    draw(out / PICTURE, evaluation, f"{about['checkpoint']} on {about['data']}")
+        part.write_text(to_json({**about, **as_dict(evaluation)}, default=str) + "\n", encoding="utf-8")
+    draw(out / PICTURE, evaluation, title(about["checkpoint"], Path(about["data"])))
+
+
+def title(checkpoint: str, data: Path) -> str:
+    """Returns what the picture is of: it may be shown to others, whom the folders of this machine do not concern."""
+    name = Path(checkpoint).absolute().name if Path(checkpoint).exists() else checkpoint  # or a name on the hub
+    return f"{name} on {data.name}"
 
 
 def as_dict(evaluation: Evaluation) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """`flax-vae plan`."""
 
-from json import dumps
 from typing import Annotated
 
 from tyro.conf import arg
 
 from flax_vae.cli.options import Flag, described, flag_help
+from flax_vae.io.files import to_json
 from flax_vae.jobs.screen import note, table
 from flax_vae.planning.compile_ahead import compile_one, compiled_ahead
 from flax_vae.planning.describe import amount, bound_words, report_json, rows, settings, title, verdict
@@ -38,7 +38,7 @@ def plan(wanted: Annotated[Wanted, arg(name="")], json: AsJson = False, search: 
     note(f"compiling for {request.topology}: seconds for a small model, many minutes for a step of the full one")
     report = compile_one(request)
     if json:
-        print(dumps(report_json(report)))
+        print(to_json(report_json(report)))
         return
     table(title(request), list(rows(report)))
     print(verdict(report))
@@ -62,7 +62,7 @@ def show_search(request: Request, most: int, as_json: bool) -> None:
         raise ValueError("none of these could be compiled")
     reports.sort(key=rank)
     if as_json:
-        print(dumps([report_json(report) for report in reports]))
+        print(to_json([report_json(report) for report in reports]))
         return
     fits = {True: "yes", False: "no", None: "not known"}
     cells = [(settings(r.request), amount(r.needed), fits[r.fits], bound_words(r)) for r in reports]

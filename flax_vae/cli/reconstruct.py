@@ -31,15 +31,15 @@ def reconstruct(
     from flax_vae.jobs import reconstruct as job
 
     found = job.reconstruct(video, out, weights, options, measure_tiles)
-    if not (quality := found.quality):
-        return
-    worst = min(range(len(quality)), key=quality.__getitem__)
-    rows = [
-        ("PSNR, mean of the frames", f"{math.fsum(quality) / len(quality):.2f} dB"),
-        ("PSNR, worst frame", f"{quality[worst]:.2f} dB (frame {worst})"),
-        *found.tiles,
-        ("speed", found.meter.pace()),
-        ("written", str(out)),
-        *([("contact sheet", str(job.sheet_of(out)))] if not video.is_dir() else []),
-    ]
-    table(f"{video}: {counted(len(quality))}", rows)
+    if quality := found.quality:
+        worst = min(range(len(quality)), key=quality.__getitem__)
+        rows = [
+            ("PSNR, mean of the frames", f"{math.fsum(quality) / len(quality):.2f} dB"),
+            ("PSNR, worst frame", f"{quality[worst]:.2f} dB (frame {worst})"),
+            *found.tiles,
+            ("speed", found.meter.pace()),
+            ("written", str(out)),
+            *([("contact sheet", str(job.sheet_of(out)))] if not video.is_dir() else []),
+        ]
+        table(f"{video}: {counted(len(quality))}", rows)
+    found.attempts.check()

@@ -1,10 +1,11 @@
 """Files that take their names only when complete, JSON that is checked, and what damaged files look like."""
 
 import json
+import math
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,13 +13,8 @@ from typing import Any, TypeVar
 import filelock
 
 PathLike = str | os.PathLike[str]
-<<<<<<< HEAD
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif")  # suffixes of stills
-SAFE, PICKLED = (".safetensors",), (".bin", ".pt", ".pth")  # suffixes of weights
-=======
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # suffixes of files with one picture
 SAFE, PICKLED = (".safetensors",), (".bin", ".pt", ".pth", ".ckpt")  # suffixes of weights
->>>>>>> w-weights
 JSON_LIMIT = 2**26  # bytes of a JSON file
 T = TypeVar("T")
 
@@ -70,6 +66,19 @@ def check_target(path: PathLike) -> None:
         raise ValueError(f"{path}: is a folder; add a file name")
     if not Path(path).parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {Path(path).parent}; create it first")
+
+
+def to_json(values: Any, **options: Any) -> str:
+    """Returns values as JSON, with null for NaN and infinity, which JSON cannot hold; `options` are those of `json`."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: finite(each) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(each) for each in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(values), allow_nan=False, **options)
 
 
 def read_json(path: Path, parse: Callable[[dict[str, Any]], T] = dict[str, Any]) -> T:

@@ -16,6 +16,7 @@ from typing import Any, Self
 import numpy as np
 
 from flax_vae.io.files import PathLike, replacing
+from flax_vae.io.finite import check_finite
 from flax_vae.io.frame_times import constant, from_text, join_times, to_text
 from flax_vae.io.weights import Arrays, SafetensorsFile, write_safetensors
 
@@ -78,7 +79,12 @@ def write_latents(
       start: the index of the first of them among the clip's latents.
       last: whether the clip ends with these.
       times: the seconds at which the frames begin, and the last one ends, where these are not at a constant rate.
+
+    Raises:
+      ValueError: NaN or infinity.
     """
+    check_finite("latents", mean)
+    check_finite("variances of latents", logvar)
     span = {"start": str(start), "frames": str(frames), "last": json.dumps(last)}
     if times is not None:
         span["times"] = to_text(times)

@@ -4,18 +4,20 @@ import contextlib
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from flax_vae.io.files import IMAGES, PathLike, locked, replacing
+from flax_vae.io.files import IMAGES, PathLike, locked, replacing, to_json
 
 VIDEOS = (
     *(".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".gif", ".ogv"),
     *(".m2ts", ".mts", ".vob", ".3gp", ".mxf", ".apng"),
 )
 KINDS = ("video", "image")
+EXPECTED = f"expected a manifest of JSON lines, a folder, or a clip that ends in {', '.join(VIDEOS)}"
 
 
 @dataclass(frozen=True)
@@ -67,23 +69,23 @@ def _in_manifest(path: Path) -> Iterator[Entry]:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            try:
-                values = json.loads(line.decode("utf-8-sig"))
-            except (ValueError, RecursionError) as error:
-                expected = f"expected a manifest of JSON lines, a folder, or a clip that ends in {', '.join(VIDEOS)}"
-                raise ValueError(f"{path}, line {number}: not JSON ({error}); {expected}") from None
-            kinds = [kind for kind in KINDS if isinstance(values, dict) and isinstance(values.get(kind), str)]
+            values = parsed(line, path, number, f"; {EXPECTED}")
+            kinds = [kind for kind in KINDS if isinstance(values.get(kind), str)]
             if len(kinds) != 1:
                 raise ValueError(f'{path}, line {number}: expected {{"video": path}} or {{"image": path}}')
             clip = (path.parent / values[kinds[0]]).absolute()
-            digest = hashlib.sha256(str(clip).encode()).hexdigest()[:12]  # clips of one name may lie in several folders
+            try:
+                name = os.fsencode(clip)
+            except UnicodeEncodeError:
+                raise ValueError(f"{path}, line {number}: no file can be named {values[kinds[0]]!r:.99}") from None
+            digest = hashlib.sha256(name).hexdigest()[:12]  # clips of one name may lie in several folders
             yield Entry(kinds[0], clip, f"{clip.stem}-{digest}{clip.suffix}")
 
 
 def write_lines(path: PathLike, lines: Iterable[Mapping[str, Any]]) -> None:
     """Writes one JSON object a line; the file takes its name when it is complete."""
     with replacing(path) as part, open(part, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
+        file.writelines(to_json(line) + "\n" for line in lines)
 
 
 class Log:
@@ -115,23 +117,39 @@ class Log:
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Appends a line, and flushes it."""
-        self._file.write(json.dumps(line).encode() + b"\n")
+        self._file.write(to_json(line).encode() + b"\n")
         self._file.flush()
 
 
 def as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns settings as a log holds them: what JSON does not know becomes its text."""
-    return json.loads(json.dumps(settings, default=str))
+    return json.loads(to_json(settings, default=str))
 
 
 def read_settings(path: Path) -> dict[str, Any] | None:
     """Reads the settings with which a log was begun; None where there is no log."""
-    return next((json.loads(line) for line in whole_lines(path)), None)
+    return next(parsed_lines(path), None)
 
 
 def read_log(path: Path) -> Iterator[dict[str, Any]]:
     """Yields the lines of a log, which may still be written, after its settings; none where there is no log."""
-    yield from (json.loads(line) for line in itertools.islice(whole_lines(path), 1, None))
+    yield from itertools.islice(parsed_lines(path), 1, None)
+
+
+def parsed_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the JSON objects in the lines of a file, without a torn last one; ValueError names a damaged line."""
+    yield from (parsed(line, path, number) for number, line in enumerate(whole_lines(path), 1))
+
+
+def parsed(line: bytes, path: Path, number: int, expected: str = "") -> dict[str, Any]:
+    """Returns the JSON object in a line; ValueError names the file, the number of the line, and what was expected."""
+    try:
+        values = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}, line {number}: not JSON ({error}){expected}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}, line {number}: expected a JSON object, got a {type(values).__name__}")
+    return values
 
 
 def whole_lines(path: Path) -> Iterator[bytes]:

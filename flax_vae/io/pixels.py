@@ -6,6 +6,8 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import ArrayLike
 
+from flax_vae.io.finite import check_finite
+
 Size = tuple[int, int]
 
 
@@ -57,11 +59,10 @@ def to_float(frames: ArrayLike) -> np.ndarray:
 
 
 def to_uint8(frames: ArrayLike) -> np.ndarray:
-    """Maps float frames in [-1, 1] to the nearest uint8 and clips the rest; ValueError for integers and NaN."""
+    """Maps float frames in [-1, 1] to the nearest uint8 and clips the rest; ValueError for integers, NaN and inf."""
     frames = np.asarray(frames)
     if frames.dtype.kind in "iub":
         raise ValueError(f"frames are {frames.dtype}, expected floats in [-1, 1]")
     frames = frames.astype(np.float32)
-    if np.isnan(frames).any():
-        raise ValueError("frames hold NaN: the weights are damaged, or their precision overflows; try float32")
+    check_finite("frames", frames)
     return np.rint((np.clip(frames, -1, 1) + 1) * np.float32(127.5)).astype(np.uint8)

@@ -9,6 +9,7 @@ import numpy as np
 
 from flax_vae.families.registry import released_scaling
 from flax_vae.io.files import read_json
+from flax_vae.io.finite import computed_of
 from flax_vae.io.frame_times import join_times, uneven
 from flax_vae.io.latents import SUFFIX, About, write_latents
 from flax_vae.jobs.budget import chunk_latents
@@ -18,12 +19,14 @@ from flax_vae.jobs.model import Model, config_hash, load, read_config
 from flax_vae.jobs.options import Options
 from flax_vae.jobs.pieces import Results, run
 from flax_vae.jobs.screen import Meter, progress
-from flax_vae.jobs.sources import check_folder, open_clips
+from flax_vae.jobs.sources import Attempts, check_folder, chunks_of, open_clips, source_of
 from flax_vae.models.latents import LatentScaling
 from flax_vae.runtime.stream import compiled
 
 
-def encode(video: Path, out: Path, weights: str, options: Options, scaling: str | None = None) -> Meter:
+def encode(
+    video: Path, out: Path, weights: str, options: Options, scaling: str | None = None
+) -> tuple[Meter, Attempts]:
     """Encodes a clip to a folder of latents, or every image of a folder.
 
     Args:
@@ -34,29 +37,34 @@ def encode(video: Path, out: Path, weights: str, options: Options, scaling: str 
       scaling: statistics to note beside the latents: a released variant, or a file of `extract`.
 
     Returns:
-      How far and fast it went.
+      How far and fast it went, and which images of a folder could not be done.
     """
     statistics = read_scaling(scaling)
     check_folder(out)
-    work = open_clips(video, out, "", read_config(weights), options)
+    work, attempts = open_clips(video, out, "", read_config(weights), options)
     for _, target in work:
         check_latents_alone(target)
     model = load(weights, options)
     with progress("encoding", expected_frames(clip for clip, _ in work)) as meter:
         for clip, target in work:
-            clip.report(encode_clip(clip, target, model, options, meter, statistics))
-    return meter
+            with attempts.attempt(clip.path):
+                clip.report(encode_clip(clip, target, model, options, meter, statistics))
+    return meter, attempts
 
 
 def encode_clip(
     clip: Clip, target: Path, model: Model, options: Options, meter: Meter, scaling: dict[str, Any] | None = None
 ) -> int:
-    """Encodes one clip to a folder of latents, or goes on with it; returns the number of its frames."""
+    """Encodes one clip to a folder of latents, or goes on with it; returns the number of its frames.
+
+    Raises ValueError for what is wrong with the clip, OSError where the latents cannot be written.
+    """
     about, step = about_latents(clip, model, scaling), compiled(model.vae.encode_chunk, model.mesh)
-    with Job(target, {"command": "encode", **clip.source, **model.identity, "about": about}, options.resume) as job:
+    settings = {"command": "encode", **source_of(clip), **model.identity, "about": about}
+    with computed_of(clip.path), Job(target, settings, options.resume) as job:
         asked = model.mesh, clip.shape, clip.expected_latents
         size = job.decision("chunk", lambda: chunk_latents(step, *asked, options.budget))
-        run(job, step, clip.chunks(size, job.progress.frames), partial(write_piece, job, about), meter)
+        run(job, step, chunks_of(clip, size, job.progress.frames), partial(write_piece, job, about), meter)
         job.become()
     return job.progress.frames
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from flax_vae.io.files import scratch
+from flax_vae.io.files import scratch, to_json
+from flax_vae.io.finite import computed_of
 from flax_vae.io.frame_times import join_times, uneven
 from flax_vae.io.latents import SUFFIX, Latents, write_latents
 from flax_vae.io.manifest import Entry, Log, as_json, read_entries, read_log, read_settings, write_lines
@@ -24,7 +25,7 @@ from flax_vae.jobs.model import Model, check_stream, load, read_config
 from flax_vae.jobs.options import Options
 from flax_vae.jobs.pieces import PIECE_LATENTS, Chunk, streamed
 from flax_vae.jobs.screen import Meter, first_few, note, progress, table
-from flax_vae.jobs.sources import check_folder
+from flax_vae.jobs.sources import check_folder, chunks_of, naming
 from flax_vae.models.statistics import LatentStatistics
 from flax_vae.runtime.stream import compiled
 
@@ -68,7 +69,7 @@ class Extraction:
 
     def run(self, entries: Sequence[Entry]) -> None:
         """Encodes what is not done yet, short clips of one shape together."""
-        done = {line["path"] for line in read_log(self.log.path) if "latents" in line}
+        done = {path for path, _, statistics, _ in outcomes(self.log.path) if statistics}
         left = [entry for entry in entries if str(entry.path) not in done]
         groups: dict[tuple[int, ...], list[tuple[Entry, Clip]]] = {}
         config = self.model.vae.config
@@ -111,14 +112,14 @@ class Extraction:
         frames = [0] * len(group)
         times: list[list[Sequence[Fraction]]] = [[] for _ in group]
 
-        def chunks_of(i: int, clip: Clip) -> Iterator[Chunk]:
+        def readable(i: int, clip: Clip) -> Iterator[Chunk]:
             try:
-                yield from clip.chunks(size)
-            except UNREADABLE as error:
+                yield from chunks_of(clip, size)
+            except ValueError as error:
                 failures[i] = error
 
         def batches() -> Iterator[tuple[np.ndarray, tuple[Chunk | None, ...]]]:
-            for chunks in zip_longest(*(chunks_of(i, clip) for i, (_, clip) in enumerate(group))):
+            for chunks in zip_longest(*(readable(i, clip) for i, (_, clip) in enumerate(group))):
                 padding = np.zeros_like(next(chunk.data for chunk in chunks if chunk))  # after the end of a clip
                 yield np.concatenate([chunk.data if chunk else padding for chunk in chunks]), chunks
 
@@ -135,18 +136,40 @@ class Extraction:
                 self.add(entry, {"error": str(failures[i])})
                 continue
             mean, logvar = (np.concatenate(each, axis=1) for each in zip(*parts[i], strict=True))
-            target = self.target(entry, SUFFIX)
-            whole = self.scratch / target.name
-            kept = uneven(join_times(times[i]), clip.fps)
-            write_latents(whole, about_latents(clip, self.model), mean, logvar, frames[i], times=kept)
-            os.replace(whole, target)
+            try:
+                with naming(entry.path), computed_of(entry.path):
+                    target = self.write(entry, clip, mean, logvar, frames[i], times[i])
+            except ValueError as error:
+                self.add(entry, {"error": str(error)})
+                continue
             self.done(entry, target, clip, frames[i], LatentStatistics.of(mean, logvar))
+
+    def write(
+        self,
+        entry: Entry,
+        clip: Clip,
+        mean: np.ndarray,
+        logvar: np.ndarray,
+        frames: int,
+        times: Sequence[Sequence[Fraction]],
+    ) -> Path:
+        """Writes the latents of one clip to a file, which gets its name when it is complete."""
+        target = self.target(entry, SUFFIX)
+        whole = self.scratch / target.name
+        kept = uneven(join_times(times), clip.fps)
+        write_latents(whole, about_latents(clip, self.model), mean, logvar, frames, times=kept)
+        try:
+            os.replace(whole, target)
+        finally:
+            whole.unlink(missing_ok=True)
+        return target
 
     def encode_long(self, entry: Entry, clip: Clip) -> None:
         """Encodes one clip to a folder of files, or goes on with it."""
-        target = self.target(entry, "")
+        target = self.out / LATENTS / entry.name
         try:
-            encode_clip(clip, target, self.model, replace(self.options, resume=True), Meter())
+            with naming(entry.path):
+                encode_clip(clip, self.target(entry, ""), self.model, replace(self.options, resume=True), Meter())
         except ValueError as error:
             shutil.rmtree(folder_of(target), ignore_errors=True)
             self.add(entry, {"error": str(error)})
@@ -189,27 +212,38 @@ def check_settings(logs: Sequence[Path], settings: Mapping[str, object]) -> None
             raise ValueError(f"{log}: was begun otherwise, with {json.dumps(before)}; write elsewhere, or as begun")
 
 
+def outcomes(log: Path) -> Iterator[tuple[str, str, LatentStatistics | None, str]]:
+    """Yields what a log says of each clip: its path, its latents and their statistics, or an error instead."""
+    for line in read_log(log):
+        try:
+            statistics = None if "error" in line else LatentStatistics.from_dict(line["statistics"])
+            found = line["path"], line.get("latents", ""), statistics, line.get("error", "")
+            if not all(isinstance(word, str) for word in (found[0], found[1], found[3])):
+                raise ValueError("no text")
+        except (KeyError, ValueError):
+            raise ValueError(f"{log}: is damaged, it says of a clip {line!r:.99}; remove it to start anew") from None
+        yield found
+
+
 def finish(source: Path, out: Path, entries: Sequence[Entry], logs: Sequence[Path], folder: Path) -> None:
     """Writes the manifest, the list of failures and the statistics, once every clip is done or has failed."""
     kinds = {str(entry.path): entry.kind for entry in entries}
     latents: dict[str, str] = {}
     errors: dict[str, str] = {}
     total = None
-    for line in (line for log in logs for line in read_log(log)):
-        path = line["path"]
-        if "error" in line:
-            errors[path] = line["error"]
+    for path, held, statistics, error in (outcome for log in logs for outcome in outcomes(log)):
+        if statistics is None:
+            errors[path] = error
         elif path in kinds and path not in latents:  # another part may have done it before the list of clips changed
-            latents[path] = line["latents"]
-            part = LatentStatistics.from_dict(line["statistics"])
-            total = part if total is None else total + part
+            latents[path] = held
+            total = statistics if total is None else total + statistics
     if missing := kinds.keys() - latents.keys() - errors.keys():
         note(f"{len(missing)} of {len(kinds)} clips are other parts' to do; the last to end writes {out / STATISTICS}")
         return
     failed = [path for path in kinds if path not in latents]
     write_lines(folder / MANIFEST, ({kinds[path]: path, "latents": latents[path]} for path in kinds if path in latents))
     write_lines(folder / FAILED, ({kinds[path]: path, "error": errors[path]} for path in failed))
-    rows = [("clips encoded", len(kinds) - len(failed)), ("clips that cannot be read", len(failed))]
+    rows = [("clips encoded", len(kinds) - len(failed)), ("clips left out", len(failed))]
     if total is not None:
         write_statistics(folder / STATISTICS, total)
         rows += [("first latent frames: mean, std over all channels", total.first.overall())]
@@ -228,4 +262,4 @@ def write_statistics(path: Path, total: LatentStatistics) -> None:
     except ValueError as error:
         note(str(error))
         scaling = None
-    path.write_text(json.dumps({**total.summary(), "scaling": scaling}, indent=2) + "\n", encoding="utf-8")
+    path.write_text(to_json({**total.summary(), "scaling": scaling}, indent=2) + "\n", encoding="utf-8")

@@ -146,9 +146,9 @@ def locked(target: Path) -> filelock.BaseFileLock:
 def check_begun(target: Path, resume: bool) -> None:
     """Raises ValueError where another process writes the target, or work on it was begun, but not `resume`."""
     folder = folder_of(target)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # not folder.is_dir(), which raises OSError for a name that is too long
         locked(target).release()
-    if not resume and (folder / PROGRESS).exists():
+    if not resume and os.path.exists(folder / PROGRESS):
         raise ValueError(
             f"{target}: part of it is done, by a command that was stopped: give --resume to go on, or remove {folder} "
             "to start anew"

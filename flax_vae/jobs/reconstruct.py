@@ -13,6 +13,7 @@ import matplotlib  # noqa: F401  # needed by the contact sheet, at the end, wher
 import numpy as np
 
 from flax_vae.io.files import IMAGES
+from flax_vae.io.finite import computed_of
 from flax_vae.jobs.budget import chunk_latents
 from flax_vae.jobs.clip import Clip, expected_frames
 from flax_vae.jobs.frames import IMAGE, assemble, losses, write_piece
@@ -21,7 +22,7 @@ from flax_vae.jobs.model import Model, load, read_config
 from flax_vae.jobs.options import Options
 from flax_vae.jobs.pieces import run
 from flax_vae.jobs.screen import Meter, counted, progress
-from flax_vae.jobs.sources import check_frames_target, check_target, open_clips
+from flax_vae.jobs.sources import Attempts, check_frames_target, check_target, chunks_of, open_clips, source_of
 from flax_vae.metrics.contact_sheet import contact_sheet
 from flax_vae.metrics.psnr import pooled_psnr, psnr
 from flax_vae.models.vae import VideoVAE
@@ -31,11 +32,15 @@ from flax_vae.runtime.tile import LossyTiles
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """The PSNR of every frame of every clip in dB, how fast it went, and, as a row of a table, what tiles have lost."""
+    """The PSNR of every frame of every clip in dB, how fast it went, and, as a row of a table, what tiles have lost.
+
+    `attempts` are the images of a folder that could be done and those that could not.
+    """
 
     quality: list[float]
     meter: Meter
     tiles: list[tuple[str, str]]
+    attempts: Attempts
 
 
 def reconstruct(video: Path, out: Path, weights: str, options: Options, measure_tiles: bool = False) -> Reconstruction:
@@ -51,27 +56,31 @@ def reconstruct(video: Path, out: Path, weights: str, options: Options, measure_
     if measure_tiles and not options.lossy_tiles:
         raise ValueError("--measure-tiles measures --lossy-tiles: give both")
     check_sheets(video)
-    work = open_clips(video, out, IMAGE, read_config(weights), options)
+    work, attempts = open_clips(video, out, IMAGE, read_config(weights), options)
     for clip, target in work if not video.is_dir() else ():
         check_frames_target(target, clip.path, 1 if clip.is_image else None)
         check_target(sheet_of(target), [".png"], clip.path)
     model = load(weights, options)
     quality: list[float] = []
+    done: list[Clip] = []
     with progress("reconstructing", expected_frames(clip for clip, _ in work)) as meter:
         for clip, target in work:
-            quality += reconstruct_clip(clip, target, model, options, meter)
-    return Reconstruction(quality, meter, [tiles_row(clip, model) for clip, _ in work[:1]] if measure_tiles else [])
+            with attempts.attempt(clip.path):
+                quality += reconstruct_clip(clip, target, model, options, meter)
+                done.append(clip)
+    tiles = [tiles_row(clip, model) for clip in done[:1]] if measure_tiles else []
+    return Reconstruction(quality, meter, tiles, attempts)
 
 
 def reconstruct_clip(clip: Clip, target: Path, model: Model, options: Options, meter: Meter) -> list[float]:
     """Reconstructs one clip, or goes on with it; returns the PSNR of its frames in dB."""
     step = compiled(MethodType(reconstruct_chunk, model.vae), model.mesh)
-    settings = {"command": "reconstruct", **clip.source, "size": (clip.height, clip.width), **model.identity}
-    with Job(target, settings, options.resume) as job:
+    settings = {"command": "reconstruct", **source_of(clip), "size": (clip.height, clip.width), **model.identity}
+    with computed_of(clip.path), Job(target, settings, options.resume) as job:
         asked = model.mesh, clip.shape, clip.expected_latents
         size = job.decision("chunk", lambda: chunk_latents(step, *asked, options.budget))
         write = partial(write_piece, job, clip.fps, clip.height, clip.width)
-        run(job, step, clip.chunks(size, job.progress.frames), write, meter)
+        run(job, step, chunks_of(clip, size, job.progress.frames), write, meter)
         quality, numbers, before, after = losses(job)
         sheet = job.folder / "sheet.png"
         contact_sheet(sheet, before, after, clip.path.name, numbers, pooled_psnr(quality))

@@ -4,6 +4,10 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def note(message: str) -> None:
@@ -11,9 +15,19 @@ def note(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
+def console(**settings: Any) -> "Console":
+    """Returns a console that raises BrokenPipeError, as print does, where rich would exit with 1."""
+    from rich.console import Console
+
+    class Pipe(Console):
+        def on_broken_pipe(self) -> None:
+            raise  # the error that is being handled
+
+    return Pipe(**settings)
+
+
 def table(title: str, rows: Iterable[Sequence[object]], columns: Sequence[str] = ("", "")) -> None:
     """Prints a table with a title; columns of numbers are aligned to the right."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -24,8 +38,8 @@ def table(title: str, rows: Iterable[Sequence[object]], columns: Sequence[str] =
         grid.add_column(name, justify="right" if numbers and i else "left", overflow="fold")
     for row in rows:
         grid.add_row(*(Text(f"{cell:,}" if isinstance(cell, int) else str(cell)) for cell in row))
-    console = Console() if sys.stdout.isatty() else Console(width=120)
-    console.print(Text(title, style="bold"), grid)
+    settings = {} if sys.stdout.isatty() else {"width": 120}
+    console(**settings).print(Text(title, style="bold"), grid)
     sys.stdout.flush()  # so that results and notes keep their order in a log
 
 
@@ -75,7 +89,6 @@ class Meter:
 @contextmanager
 def progress(task: str, total: int | None, unit: str = "frames") -> Iterator[Meter]:
     """Shows a bar with frames, frames per second and the time left; `total` is the number of frames, where known."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
     from rich.text import Text
 
@@ -87,6 +100,6 @@ def progress(task: str, total: int | None, unit: str = "frames") -> Iterator[Met
     words = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), Speed()
     ends = TextColumn("ETA"), TimeRemainingColumn()
     # speed over the last ten minutes: a chunk of frames can take longer than the half minute that is the default
-    with Progress(*words, *ends, console=Console(stderr=True), speed_estimate_period=600) as bar:
+    with Progress(*words, *ends, console=console(stderr=True), speed_estimate_period=600) as bar:
         shown = bar.add_task(task, total=total)
         yield Meter(bar, shown)

@@ -12,12 +12,11 @@ from typing import Any, Self
 import jax
 import matplotlib  # noqa: F401  # needed at the first picture, so a missing one would be noticed too late
 import numpy as np
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from flax_vae.io.manifest import whole_lines
 from flax_vae.jobs.model import keep_compiled, open_mesh
-from flax_vae.jobs.screen import note
+from flax_vae.jobs.screen import console, note
 from flax_vae.runtime.cluster import Cluster, anywhere, joined, noticing
 from flax_vae.train.config import TrainConfig
 from flax_vae.train.loop import BROKEN, Record, Run
@@ -117,17 +116,17 @@ def shown(run: Run) -> Iterator[Callable[[Record], None]]:
     if run.step:
         note(f"{run.out}: going on at step {run.step}")
     columns = BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}")
-    console, recent = Console(stderr=True), deque(maxlen=AVERAGED_STEPS)
+    screen, recent = console(stderr=True), deque(maxlen=AVERAGED_STEPS)
     every = max(run.config.steps // 100, 1)
     ends = TextColumn("ETA"), TimeRemainingColumn()
-    with Progress(*columns, *ends, console=console, speed_estimate_period=600) as progress:
+    with Progress(*columns, *ends, console=screen, speed_estimate_period=600) as progress:
         task = progress.add_task("", total=run.config.steps, completed=run.step, numbers="compiling")
 
         def show(record: Record) -> None:
             recent.append(record)
             numbers = summary(recent)
             progress.update(task, completed=record.step + 1, numbers=numbers)
-            if not console.is_terminal and (record.step + 1) % every == 0:
+            if not screen.is_terminal and (record.step + 1) % every == 0:
                 note(f"step {record.step + 1} of {run.config.steps}: {numbers}")
 
         yield show

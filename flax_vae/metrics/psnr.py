@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
+MAX_PSNR = 100.0  # dB, where a number must be finite: that of equal frames is not
+
 
 def psnr(a: ArrayLike, b: ArrayLike) -> float:
     """Returns the peak signal-to-noise ratio in dB over all values, inf where they are equal.

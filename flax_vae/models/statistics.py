@@ -68,9 +68,12 @@ class LatentStatistics:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Reads what `to_dict` returned."""
-        parts = (values["first"], values["rest"])
-        return cls(*(Moments(part["count"], tuple(part["mean"]), tuple(part["squares"])) for part in parts))
+        """Reads what `to_dict` returned; ValueError for anything else."""
+        try:
+            parts = (values["first"], values["rest"])
+            return cls(*(Moments(part["count"], tuple(part["mean"]), tuple(part["squares"])) for part in parts))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"expected the statistics of latents, got {values!r:.99}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all numbers as JSON can hold them."""

@@ -4,7 +4,6 @@ The contact sheet of a snapshot is pictures/{step}.png; what the report shows of
 .json.
 """
 
-import json
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +12,13 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 
-from flax_vae.io.files import read_json, replacing
-from flax_vae.io.manifest import whole_lines
+from flax_vae.io.files import read_json, replacing, to_json
+from flax_vae.io.manifest import parsed_lines
 from flax_vae.io.pixels import to_uint8
 from flax_vae.io.video_reader import read_clip
 from flax_vae.io.video_writer import write_image
 from flax_vae.metrics.contact_sheet import contact_sheet
-from flax_vae.metrics.psnr import psnr
+from flax_vae.metrics.psnr import MAX_PSNR, psnr
 from flax_vae.train.log import METRICS
 
 SHEET_FRAMES = 6  # of a contact sheet, at most
@@ -63,14 +62,14 @@ class History:
 
 
 def save_snapshot(folder: Path, step: int, clips: np.ndarray, output: np.ndarray) -> float:
-    """Draws a contact sheet of clips and reconstructions, and keeps a frame of each; returns their PSNR in dB.
+    """Draws a contact sheet of clips and reconstructions, keeps a frame of each; returns their PSNR, 100 dB at most.
 
     Both are floats in [-1, 1], (clips, T, H, W, 3); `folder` is the run's, where files of the same step are replaced.
-    Raises ValueError for NaN, as of damaged weights.
+    Raises ValueError for NaN and infinity, as of damaged weights.
     """
     (folder / FRAMES).mkdir(parents=True, exist_ok=True)
     pair = to_uint8(clips), to_uint8(output)
-    quality = psnr(np.asarray(clips, np.float32), np.clip(np.asarray(output, np.float32), -1, 1))
+    quality = min(psnr(np.asarray(clips, np.float32), np.clip(np.asarray(output, np.float32), -1, 1)), MAX_PSNR)
     count, frames = clips.shape[:2]
     indices = np.linspace(0, frames - 1, min(frames, max(SHEET_FRAMES // count, 1))).round().astype(int)
     before, after = (x[:SHEET_FRAMES, indices].reshape(-1, *x.shape[2:]) for x in pair)
@@ -81,7 +80,7 @@ def save_snapshot(folder: Path, step: int, clips: np.ndarray, output: np.ndarray
     path = folder / FRAMES / f"{step:08d}.png"
     write_image(path, middle)
     with replacing(path.with_suffix(".json")) as part:  # written last: where it is, the other files are complete
-        part.write_text(json.dumps({"step": step, "psnr": quality, "clips": count}) + "\n", encoding="utf-8")
+        part.write_text(to_json({"step": step, "psnr": quality, "clips": count}) + "\n", encoding="utf-8")
     return quality
 
 
@@ -105,9 +104,12 @@ def read_history(folder: Path) -> History:
 
 def read_columns(path: Path) -> dict[str, np.ndarray]:
     """Reads JSON lines of numbers as columns by name, NaN where a line has none; a torn last line is left out."""
-    lines = list(whole_lines(path))
+    lines = list(parsed_lines(path))
     columns = defaultdict[str, np.ndarray](lambda: np.full(len(lines), np.nan))
     for i, line in enumerate(lines):
-        for name, value in json.loads(line).items():
-            columns[name][i] = np.nan if value is None else value
+        for name, value in line.items():
+            try:
+                columns[name][i] = np.nan if value is None else value
+            except (TypeError, ValueError, OverflowError):
+                raise ValueError(f"{path}: {name} is {value!r:.99}, expected a number") from None
     return dict(columns)

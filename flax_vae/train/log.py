@@ -2,10 +2,10 @@
 
 import contextlib
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from flax_vae.io.files import to_json
 from flax_vae.io.manifest import whole_lines
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"  # in the folder of a run
@@ -35,9 +35,8 @@ class MetricsLog:
             self._board.close()
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes the line of a step at once; what is not finite is null, as JSON has no word for it."""
-        line = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **line}).encode() + b"\n")
+        """Writes the line of a step at once; what is not finite is null."""
+        self._file.write(to_json({"step": step, **values}).encode() + b"\n")
         self._file.flush()
         if self._board is not None:
             for name, value in values.items():

@@ -5,7 +5,6 @@ The same config continues it from its last checkpoint. B batch, T frames, H W pi
 
 import contextlib
 import dataclasses
-import json
 import logging
 import math
 import time
@@ -22,7 +21,7 @@ from jax.sharding import Mesh
 
 from flax_vae.families import registry
 from flax_vae.io.checkpoint import open_checkpoint
-from flax_vae.io.files import PathLike, locked, read_json, replacing
+from flax_vae.io.files import PathLike, locked, read_json, replacing, to_json
 from flax_vae.io.manifest import as_json, read_entries
 from flax_vae.io.pixels import to_float
 from flax_vae.layers.conv import INIT_STD
@@ -207,7 +206,7 @@ def keep_json(path: Path, values: dict[str, Any]) -> None:
     """Writes a file where there is none."""
     if not path.exists():
         with replacing(path) as part:
-            part.write_text(json.dumps(as_json(values), indent=2) + "\n", encoding="utf-8")
+            part.write_text(to_json(as_json(values), indent=2) + "\n", encoding="utf-8")
 
 
 @nnx.jit

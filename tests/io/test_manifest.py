@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 
 import pytest
 
@@ -186,3 +187,29 @@ def test_lines_are_written_whole_or_not_at_all(tmp_path):
         write_lines(path, ({"video": 1 / n} for n in (1, 0)))
     assert len(read_entries(path)) == 1
     assert [entry.name for entry in tmp_path.iterdir()] == ["manifest.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["\ud800.mp4", "deep/\udfff.mp4"])
+def test_a_name_that_no_file_can_have_is_refused_by_its_line(tmp_path, name):
+    path = tmp_path / "all.jsonl"
+    path.write_text(json.dumps({"video": "a.mp4"}) + "\n" + json.dumps({"video": name}) + "\n")
+    with pytest.raises(ValueError, match=r"all\.jsonl, line 2: no file can be named"):
+        read_entries(path)
+
+
+def test_a_name_that_is_not_unicode_is_listed(tmp_path):
+    path = tmp_path / "all.jsonl"
+    write_lines(path, [{"video": "caf\udce9.mp4"}])
+    (entry,) = read_entries(path)
+    assert os.fsencode(entry.path) == os.fsencode(tmp_path) + b"/caf\xe9.mp4"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"), [("{torn", "not JSON"), ("[1]", "got a list"), ("\x00\x00", "not JSON"), ("[" * 9999, "not JSON")]
+)
+def test_a_damaged_line_of_a_log_is_named(tmp_path, line, said):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"settings": 1}\n' + line + '\n{"path": "a"}\n')
+    assert read_settings(path) == {"settings": 1}
+    with pytest.raises(ValueError, match=rf"log\.jsonl, line 2: .*{said}"):
+        list(read_log(path))

@@ -247,17 +247,11 @@ def test_what_is_done_of_a_folder_is_left_out_and_what_was_begun_is_done(run, ch
     assert "3 of 3 are there already" in err
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [("a.jpg", "several files would be named a;"), ("c.png", "c.png: damaged or cut short after 0 frames")],
-)
-def test_two_images_of_one_name_and_an_unreadable_one_are_refused_before_any_work(
-    run, checkpoints, images, tmp_path, name, message
-):
-    (images / name).write_text("no image")
+def test_two_images_of_one_name_are_refused_before_any_work(run, checkpoints, images, tmp_path):
+    (images / "a.jpg").write_text("no image")
     code, _, err = run("encode", images, tmp_path / "latents", "--weights", checkpoints / "vae")
     assert code == 2
-    assert message in err
+    assert "several files would be named a;" in err
     assert not (tmp_path / "latents").exists()
 
 

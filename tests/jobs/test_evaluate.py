@@ -1,6 +1,7 @@
 """`flax-vae eval`: what it measures, of which clips, and what it says and shows of it."""
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -371,6 +372,8 @@ def test_the_picture_names_what_it_shows(evaluate, copying, folder, monkeypatch)
     copying(places=(3,), deeper=4)
     *_, found = evaluate(folder)
     assert "2 clips, 22 frames; 2 clips left out" in words
+    assert words[0].endswith(f" on {folder.name}")
+    assert not [text for text in words if os.sep in text]
     assert f"{found['overall']['psnr']:.2f} dB" in words
     assert "a.mkv\nframe 4\n30.07 dB, worst" in words
     assert {"input", "reconstruction", "difference \N{MULTIPLICATION SIGN}16"} < set(words)

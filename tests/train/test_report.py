@@ -286,3 +286,10 @@ def test_psnr_of_shown_clips_is_among_those_of_batches_and_skipped_steps_are_mar
     lines, legend = axes.collections[0], axes.get_legend()
     assert [segment[0][0] for segment in lines.get_segments()] == [1]
     assert [text.get_text() for text in legend.get_texts()] == ["training batches", "clips above"]
+
+
+def test_a_perfect_reconstruction_is_kept_as_json_can_hold_it(tmp_path, no_sheets):
+    shown, _ = clips(1, 2)
+    assert save_snapshot(tmp_path, 5, shown, shown) == 100
+    (snapshot,) = read_history(tmp_path).snapshots
+    assert snapshot.psnr == 100

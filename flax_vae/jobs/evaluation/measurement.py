@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from flax_vae.io.finite import NotFinite, computed_of
 from flax_vae.io.pixels import to_float, to_uint8
 from flax_vae.io.video_reader import UNREADABLE
 from flax_vae.jobs.clip import Clip
@@ -15,11 +16,10 @@ from flax_vae.jobs.frames import spacing
 from flax_vae.jobs.pieces import Chunk, streamed
 from flax_vae.jobs.screen import Meter, first_few
 from flax_vae.metrics.fvd import FRAMES, resized
-from flax_vae.metrics.psnr import psnr
+from flax_vae.metrics.psnr import MAX_PSNR, psnr
 from flax_vae.runtime.cluster import allgather, process
 from flax_vae.runtime.stream import Compiled
 
-MAX_PSNR = 100.0  # dB; that of equal frames is not finite
 SAMPLES = 12  # most frames of a clip that are kept for the picture
 SHOWN = 6  # frames in the picture, and the worst one
 
@@ -56,8 +56,9 @@ def measured(
     for index in range(number, len(clips), processes):
         clip, measurement = clips[index], Measurement(clips[index], instruments)
         try:
-            measurement.run(meter)
-        except Unreadable as error:
+            with computed_of(clip.path):
+                measurement.run(meter)
+        except (Unreadable, NotFinite) as error:
             found[index] = clip.path, str(error)
             continue
         samples = measurement.chosen(shown.get(index, 0))
