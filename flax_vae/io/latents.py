@@ -17,7 +17,7 @@ import numpy as np
 
 from flax_vae.io.files import PathLike, replacing
 from flax_vae.io.finite import check_finite
-from flax_vae.io.frame_times import constant, from_text, join_times, to_text
+from flax_vae.io.video.frame_times import constant, from_text, join_times, to_text
 from flax_vae.io.weights import Arrays, SafetensorsFile, write_safetensors
 
 FORMAT = {"format": "flax_vae latents", "version": "2"}

@@ -13,9 +13,9 @@ import av
 from av.error import FFmpegError
 
 from flax_vae.io.files import PathLike, replacing
-from flax_vae.io.frame_times import clock_of, constant
 from flax_vae.io.video.container import as_fraction, pictures
-from flax_vae.io.video.times import MAX_STILL
+from flax_vae.io.video.frame_times import clock_of, constant
+from flax_vae.io.video.timed import MAX_STILL
 from flax_vae.io.video_writer import written_rate
 
 # Codecs of sound that players find in these containers, for which others become AAC.

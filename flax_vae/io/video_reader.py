@@ -14,7 +14,7 @@ from flax_vae.io.files import PathLike
 from flax_vae.io.pixels import Size
 from flax_vae.io.video.container import check_source, frame_rate, is_image, opened
 from flax_vae.io.video.decode import decode
-from flax_vae.io.video.times import timed
+from flax_vae.io.video.timed import timed
 from flax_vae.io.video.upright import Upright
 
 UNREADABLE = (ValueError, OSError)  # what reading raises for a clip that is damaged, missing or no clip

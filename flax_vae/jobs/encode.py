@@ -10,8 +10,8 @@ import numpy as np
 from flax_vae.families.registry import released_scaling
 from flax_vae.io.files import read_json
 from flax_vae.io.finite import computed_of
-from flax_vae.io.frame_times import join_times, uneven
 from flax_vae.io.latents import SUFFIX, About, write_latents
+from flax_vae.io.video.frame_times import join_times, uneven
 from flax_vae.jobs.budget import chunk_latents
 from flax_vae.jobs.clip import Clip, expected_frames
 from flax_vae.jobs.job import Job

@@ -13,9 +13,9 @@ import numpy as np
 
 from flax_vae.io.files import scratch, to_json
 from flax_vae.io.finite import computed_of
-from flax_vae.io.frame_times import join_times, uneven
 from flax_vae.io.latents import SUFFIX, Latents, write_latents
 from flax_vae.io.manifest import Entry, Log, as_json, read_entries, read_log, read_settings, write_lines
+from flax_vae.io.video.frame_times import join_times, uneven
 from flax_vae.io.video_reader import UNREADABLE
 from flax_vae.jobs.budget import batch_clips, chunk_latents
 from flax_vae.jobs.clip import Clip, check_reading, open_entry

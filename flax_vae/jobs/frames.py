@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from flax_vae.io.files import replacing
-from flax_vae.io.frame_times import from_text, join_times, to_text, uneven
 from flax_vae.io.pixels import to_uint8
+from flax_vae.io.video.frame_times import from_text, join_times, to_text, uneven
 from flax_vae.io.video_join import join
 from flax_vae.io.video_writer import VideoWriter, write_image, written_rate
 from flax_vae.jobs.job import Job

@@ -63,7 +63,8 @@ def read_carry(path: Path, _: int) -> None:
 
 def read_clip(path: Path, number: int, frames: int = 2) -> None:
     """Reads a clip as `encode` does, as training does, and its sound as `reconstruct` does."""
-    from flax_vae.io.video_reader import draw_frames, probe, read_frames
+    from flax_vae.io.video.draw import draw_frames
+    from flax_vae.io.video_reader import probe, read_frames
 
     errors = []
     for read in (

@@ -179,14 +179,14 @@ def test_an_error_of_the_system_about_one_clip_is_that_clips(
     monkeypatch.setattr("flax_vae.jobs.extract.PIECE_LATENTS", 1)
     shutil.copy(clip, images / "long.mkv")
     if where == "read":
-        read_frames = clips.read_frames
+        read_timed = clips.read_timed
 
         def fail(path, *args):
             if path.name == name:
                 raise failing(path, code)
-            yield from read_frames(path, *args)
+            yield from read_timed(path, *args)
 
-        monkeypatch.setattr(clips, "read_frames", fail)
+        monkeypatch.setattr(clips, "read_timed", fail)
     else:
         target = extract.Extraction.target
 
@@ -210,7 +210,7 @@ def test_an_error_of_the_system_about_one_clip_is_that_clips(
 def test_an_error_of_the_disk_that_is_written_ends_the_extraction(
     run, checkpoints, images, tmp_path, monkeypatch, code
 ):
-    def fail(path, *_):
+    def fail(path, *_, **__):
         raise failing(path, code)
 
     monkeypatch.setattr("flax_vae.jobs.extract.write_latents", fail)

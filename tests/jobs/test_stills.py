@@ -23,7 +23,8 @@ def test_an_animated_png_among_images_is_its_first_frame(tmp_path, capsys):
     (tmp_path / "in").mkdir()
     path = animated(tmp_path / "in" / "animated.png")
     encode(tmp_path / "in" / "still.png", noise(1, 64, 64), "png", "rgb24", update="1")
-    opened = open_clips(tmp_path / "in", tmp_path / "out", ".png", CONFIG, Options())
+    opened, attempts = open_clips(tmp_path / "in", tmp_path / "out", ".png", CONFIG, Options())
+    attempts.check()
     for clip, target in opened:
         (chunk,) = clip.chunks(1)
         assert chunk.frames == 1

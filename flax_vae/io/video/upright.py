@@ -23,6 +23,9 @@ class Upright:
     def __init__(self, path: PathLike):
         grid = read_grid(path)
         self._still = grid.matrix if grid else still_matrix(path)
+        # By rotation, and not read of each frame: a frame and its list of side data hold each other, pixels and all,
+        # until garbage is collected.
+        self._matrices: dict[float, Matrix] = {}
 
     def size(self, frame: Any) -> Size:
         """Returns the (height, width) of a PyAV frame that stands upright."""
@@ -44,7 +47,11 @@ class Upright:
         return np.ascontiguousarray(pixels[top : top + size[0], left : left + size[1]])
 
     def _matrix(self, frame: Any) -> Matrix:
-        return self._still or _display_matrix(frame)
+        if self._still:
+            return self._still
+        if frame.rotation not in self._matrices:
+            self._matrices[frame.rotation] = _display_matrix(frame)
+        return self._matrices[frame.rotation]
 
 
 def _display_matrix(frame: Any) -> Matrix:

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from flax_vae.io.frame_times import constant, from_text, is_constant, join_times, to_text, uneven
+from flax_vae.io.video.frame_times import constant, from_text, is_constant, join_times, to_text, uneven
 
 NTSC = Fraction(30000, 1001)
 
