@@ -62,7 +62,7 @@ def open_source(
     try:
         source = open_checkpoint(path_or_hub_name, subfolder, variant, part)
         if source.has_config():
-            class_of(source.config())
+            source.config(class_of)
         return source
     except (FileNotFoundError, ValueError) as error:
         folder, name = Path(path_or_hub_name, subfolder or ""), fspath(path_or_hub_name)
@@ -124,7 +124,7 @@ def read_config(source: Checkpoint) -> VAEConfig:
     Raises FileNotFoundError where there is no config.json and the weights are those of no family.
     """
     if source.has_config():
-        return config_from_dict(source.config())
+        return source.config(config_from_dict)
     shapes = source.shapes()
     for names in wrapped.branches(shapes):
         for family in FAMILIES.values():

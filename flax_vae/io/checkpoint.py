@@ -5,9 +5,9 @@ Opening one reads only headers.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from flax_vae.io.foreign.torch_file import TorchFile
 from flax_vae.io.weights import DTYPES, SafetensorsFile, Spec, Tensors, write_safetensors
 from flax_vae.io.weights_files import INDEX, parse, read_index, weights_in
 
+T = TypeVar("T")
 DEFAULT = Path(__file__).parents[1] / "default_weights"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
@@ -70,11 +71,11 @@ class Checkpoint:
         """Whether there is a config.json beside the weights."""
         return (self.directory / CONFIG_FILE).exists()
 
-    def config(self) -> dict[str, Any]:
-        """Returns the contents of config.json; FileNotFoundError where there is none."""
+    def config(self, parse: Callable[[dict[str, Any]], T] = dict[str, Any]) -> T:
+        """Returns config.json as `parse` does; FileNotFoundError where there is none, ValueError names the file."""
         if not self.has_config():
             raise FileNotFoundError(f"no {CONFIG_FILE} beside the weights in {self.directory}: add it or pass a config")
-        return read_json(self.directory / CONFIG_FILE)
+        return read_json(self.directory / CONFIG_FILE, parse)
 
     def shapes(self) -> dict[str, Spec]:
         """Returns every tensor's shape, in torch's axis order, and the name of its dtype."""

@@ -13,7 +13,7 @@ import av
 from av.error import FFmpegError
 
 from flax_vae.io.files import PathLike, replacing
-from flax_vae.io.video.container import as_fraction, pictures
+from flax_vae.io.video.container import as_fraction, opened
 from flax_vae.io.video.frame_times import clock_of, constant
 from flax_vae.io.video.timed import MAX_STILL
 from flax_vae.io.video_writer import written_rate
@@ -127,7 +127,7 @@ def _increasing(ticks: Iterable[int]) -> list[int]:
 def _sound(target, sound: PathLike, end: Fraction) -> Timed:
     """Adds the sound tracks to the target and yields their packets up to second `end`; errors name the file."""
     try:
-        with av.open(f"file:{sound}") as source:
+        with opened(sound) as (source, _):
             if any(track.codec_context is None for track in source.streams.audio):
                 raise ValueError(f"{sound}: this FFmpeg has no decoder for its sound")
             outs, encoders = {}, {}
@@ -202,8 +202,8 @@ def _encoder(target: Any, track: Any, sound: PathLike) -> Any:
 
 def _start(path: PathLike) -> Fraction:
     """Returns the second at which the first frame is shown; the header's is that of a packet, which may not decode."""
-    with av.open(f"file:{path}") as source:
-        for frame in source.decode(*pictures(source)[:1]):
+    with opened(path) as (source, stream):
+        for frame in source.decode(stream):
             if frame.pts is not None:
                 return frame.pts * as_fraction(frame.time_base)
     return Fraction(0)

@@ -54,7 +54,10 @@ def opened(path: PathLike) -> Iterator[tuple[Any, Any]]:
             raise ValueError(f"{path}: has no video, only {kinds}; give a file with pictures")
         if streams[0].codec_context is None:
             raise ValueError(f"{path}: this FFmpeg has no decoder for its video; convert it to H.264")
-        yield container, streams[0]
+        try:
+            yield container, streams[0]
+        except FFmpegError as error:  # of what seeks or reads packets: `decode` names its own
+            raise ValueError(f"{path}: damaged ({error.strerror}); fetch the file again") from error
 
 
 def pictures(container: Any) -> list[Any]:

@@ -33,7 +33,7 @@ def decode(
         for frame in _whole(path, container, stream, container.demux(stream) if packets is None else packets):
             count += 1
             yield frame
-    except (FFmpegError, ValueError) as error:
+    except (FFmpegError, ValueError, IndexError) as error:  # IndexError: PyAV has no stream for a packet
         with contextlib.suppress(FFmpegError):  # the decoder may hold back whole frames, to reorder them
             for frame in itertools.takewhile(lambda frame: not frame.is_corrupt, stream.codec_context.decode(None)):
                 count += 1

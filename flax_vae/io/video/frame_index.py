@@ -107,7 +107,7 @@ def _demuxed(path: PathLike) -> FrameIndex | None:
             for packet in container.demux(stream):
                 if packet.size or packet.pts is not None:
                     stamps.append((packet.pts, packet.dts, packet.is_keyframe, packet.is_discard))
-        except FFmpegError:
+        except (FFmpegError, IndexError):  # IndexError: PyAV has no stream for a packet
             return None
     # A recording may begin in the middle: what comes before the first key frame, or is shown before, does not decode.
     begin = next((number for number, (_, _, is_key, _) in enumerate(stamps) if is_key), len(stamps))
