@@ -126,8 +126,8 @@ def _increasing(ticks: Iterable[int]) -> list[int]:
 
 def _sound(target, sound: PathLike, end: Fraction) -> Timed:
     """Adds the sound tracks to the target and yields their packets up to second `end`; errors name the file."""
-    try:
-        with opened(sound) as (source, _):
+    with opened(sound) as (source, _):
+        try:
             if any(track.codec_context is None for track in source.streams.audio):
                 raise ValueError(f"{sound}: this FFmpeg has no decoder for its sound")
             outs, encoders = {}, {}
@@ -148,8 +148,8 @@ def _sound(target, sound: PathLike, end: Fraction) -> Timed:
                         left.discard(index)
                 if not left:
                     return
-    except FFmpegError as error:
-        raise ValueError(f"{sound}: its sound cannot be read ({error.strerror})") from error
+        except FFmpegError as error:
+            raise ValueError(f"{sound}: its sound cannot be read ({error.strerror})") from error
 
 
 def _going_on(packets: Iterable[Any]) -> Iterator[Any]:
