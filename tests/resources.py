@@ -33,11 +33,15 @@ def compiled_fast():
     """Has programs compiled in half the time, to slower code; those of processes that are started meanwhile too."""
     import jax
 
+    name = "jax_disable_most_optimizations"
+    before = jax.config.values[name]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        jax.config.update("jax_disable_most_optimizations", True)
-        yield
-    jax.config.update("jax_disable_most_optimizations", False)
+        patch.setenv(name.upper(), "1")
+        jax.config.update(name, True)
+        try:
+            yield
+        finally:  # where a test in a `with` of its own fails, too
+            jax.config.update(name, before)
 
 
 @pytest.fixture(autouse=True)

@@ -258,7 +258,7 @@ def test_tiles_in_chunks_and_in_streams_are_those_of_the_whole_clip(lossy):
 
 @pytest.mark.slow
 def test_tiles_of_latents_in_chunks_and_in_streams_are_those_of_the_whole_clip(lossy):
-    latents = np.random.default_rng(1).normal(size=(1, 3, 10, 7, 2)).astype(np.float32)
+    latents = jnp.asarray(np.random.default_rng(1).normal(size=(1, 3, 10, 7, 2)), jnp.float32)
     frames = lossy.decode(latents)
     assert frames.shape == video().shape
     assert close(lossy.decode(latents, chunk=1), frames, 64)
