@@ -8,6 +8,7 @@ import select
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NoReturn, Union
 
@@ -46,7 +47,9 @@ def main(args: Sequence[str] | None = None) -> None:
     order_for_memory()
     try:
         try:
-            call(list(sys.argv[1:] if args is None else args))
+            with warnings.catch_warnings():
+                warnings.showwarning = show_warning
+                call(list(sys.argv[1:] if args is None else args))
         finally:
             sys.stdout.flush()  # at its own exit Python could only complain of a closed pipe
     except KeyboardInterrupt as stop:
@@ -98,6 +101,11 @@ def report(error: BaseException, message: str | None = None) -> None:
     lines = [f"flax-vae: {message or error}", *getattr(error, "__notes__", [])]
     with contextlib.suppress(BrokenPipeError):  # nobody reads, and the exit code says it too
         print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def show_warning(message: Warning | str, *_: object) -> None:
+    """Prints a warning without the line of code that it comes from."""
+    print(f"flax-vae: warning: {message}", file=sys.stderr, flush=True)
 
 
 def call(args: list[str]) -> None:

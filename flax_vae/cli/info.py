@@ -55,7 +55,7 @@ def info(
     rows = [("frames, height, width that one spans", times(span)), (f"shape for {clip}", times(latents))]
     table("latents", rows)
 
-    names = match(registry.abstract(settings), shapes)
+    names = match(registry.abstract(settings), shapes, source.origin)
     parts: Counter[str] = Counter()
     for key, name in names.items():
         parts[key.split(".")[0]] += math.prod(shapes[name][0])

@@ -60,7 +60,7 @@ class Checkpoint:
 
     def __init__(self, path: Path, variant: str | None = None, part: str | None = None):
         weights = weights_in(path, variant) if path.is_dir() else path
-        self.directory, files = weights.parent, open_weights(weights)
+        self.directory, self.origin, files = weights.parent, str(weights), open_weights(weights)
         prefix = "" if part is None else f"{part}."
         self._files = {key: file for key, file in files.items() if key.startswith(prefix)}
         if not self._files and files:

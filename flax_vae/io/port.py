@@ -108,23 +108,24 @@ def load(module: nnx.Module, source: Tensors, dtype: DTypeLike = jnp.float32) ->
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise ValueError(f"jax has {dtype} disabled: call jax.config.update('jax_enable_x64', True), or use float32")
     ours = parameters(module)
-    names = match(module, source.shapes())
+    names = match(module, source.shapes(), source.origin)
     fill_random_state(module)
     for key, parameter in ours.items():
         tensor = source.read(names[key]).reshape(parameter.torch_shape).transpose(np.argsort(parameter.axes))
         parameter.variable.set_value(jnp.asarray(cast(key, tensor, dtype)))
 
 
-def match(module: nnx.Module, shapes: Mapping[str, Spec]) -> dict[str, str]:
+def match(module: nnx.Module, shapes: Mapping[str, Spec], origin: str = "the tensors given") -> dict[str, str]:
     """Returns the source's name of every key of a module, in the layout and under the prefix that share most with it.
 
     Names may be wrapped, and stand beside other parts of a training checkpoint, which are left out, as are counters:
     integers that belong to no layer. Where the source holds the module's tensors and their average, the average is
     taken, with a warning.
 
-    Raises ValueError, which lists all problems at once, unless that is a bijection between keys and tensors.
+    Raises ValueError, which names the origin and lists all problems at once, unless that is a bijection between keys
+    and tensors.
     """
-    ours, what = parameters(module), type(module).__name__
+    ours, refusal = parameters(module), f"{origin}: not the weights of this {type(module).__name__}"
     candidates = []
     for layout in layouts_of(module).values():
         named = {layout(key): key for key in ours}
@@ -132,14 +133,11 @@ def match(module: nnx.Module, shapes: Mapping[str, Spec]) -> dict[str, str]:
             part, choice = wrapped.choose(parts)
             candidates.append((len(part.found), wrapped.outside(part, parts), named, choice))
     if not candidates:
-        prefix = wrapped.common_prefix(list(shapes)) if shapes else ""
-        where = f", all under {prefix!r}," if prefix else ""
-        got = f"{len(shapes)} tensors{where} such as {', '.join([*shapes][:2])}"
-        raise ValueError(f"these are not the weights of this {what}: expected names as {next(iter(ours))}, got {got}")
+        raise ValueError(f"{refusal}: expected names as {next(iter(ours))}, got {outline(list(shapes))}")
     _, part, named, choice = max(candidates, key=lambda candidate: candidate[0])
     if problems := problems_of(part, named, ours, shapes):
         where = f", which were looked for under {part.prefix!r}" if part.prefix else ""
-        raise ValueError(f"these are not the weights of this {what}{where}:\n  " + "\n  ".join(problems))
+        raise ValueError(f"{refusal}{where}:\n  " + "\n  ".join(problems))
     if choice:
         warnings.warn(choice, stacklevel=2)
     return {named[name]: held for name, held in part.found.items()}
@@ -161,6 +159,15 @@ def problems_of(
         elif dtype not in DTYPES:
             problems.append(f"wrong dtype: {held} is {dtype}, expected one of {', '.join(DTYPES)}")
     return problems
+
+
+def outline(names: list[str]) -> str:
+    """Returns how many names there are, what they have in common, and the first two."""
+    if len(names) < 2:
+        return names[0] if names else "no tensors"
+    prefix = wrapped.common_prefix(names)
+    where = f", all under {prefix!r}," if prefix else ""
+    return f"{len(names)} tensors{where} such as {', '.join(names[:2])}"
 
 
 def listed(names: list[str], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:

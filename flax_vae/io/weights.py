@@ -5,6 +5,7 @@ Those that torch.save wrote are read in foreign/torch_file.py.
 
 import json
 import math
+import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +23,9 @@ FORMAT = {"format": "pt"}  # what other libraries look for in the metadata of we
 
 
 class Tensors(Protocol):
-    """Tensors by name, read one at a time."""
+    """Tensors by name, read one at a time; errors name their `origin`."""
+
+    origin: str
 
     def shapes(self) -> Mapping[str, Spec]:
         """Returns every tensor's shape and the name of its dtype, without reading any."""
@@ -36,8 +39,13 @@ class Tensors(Protocol):
 class Arrays:
     """Tensors in memory by name; each is transposed to torch's axis order, `axes`, when it is read."""
 
-    def __init__(self, arrays: Mapping[str, Any], axes: Mapping[str, tuple[int, ...]] | None = None):
-        self._arrays = arrays
+    def __init__(
+        self,
+        arrays: Mapping[str, Any],
+        axes: Mapping[str, tuple[int, ...]] | None = None,
+        origin: str | os.PathLike = "the tensors given",
+    ):
+        self._arrays, self.origin = arrays, os.fspath(origin)
         self._axes = {key: tuple(range(array.ndim)) for key, array in arrays.items()} if axes is None else axes
 
     def shapes(self) -> dict[str, Spec]:

@@ -42,6 +42,8 @@ def extract(source: Path, out: Path, weights: str, options: Options, part: tuple
       weights: a checkpoint.
       options: how to read and compute.
       part: (k, n) encodes the k-th of every n clips, counted from 1.
+
+    Raises ValueError where no clip can be encoded.
     """
     number, parts = part
     config, entries = read_config(weights), read_entries(source)
@@ -49,6 +51,8 @@ def extract(source: Path, out: Path, weights: str, options: Options, part: tuple
     check_folder(out)
     logs = check_parts(out, parts)
     check_stream(options.mesh, config, ())
+    if [entry.path for entry in entries] == [source.absolute()]:  # one clip, which is no data set that may lack some
+        open_entry(entries[0].kind, source, config, options.size, options.frames)
     model = load(weights, options)
     settings = {"size": options.size, "frames": options.frames, **model.identity}
     check_settings(logs, settings)
@@ -251,7 +255,10 @@ def finish(source: Path, out: Path, entries: Sequence[Entry], logs: Sequence[Pat
     for path in sorted(folder.iterdir()):
         os.replace(path, out / path.name)
     table(f"{source} to {out}", rows)
-    for line in first_few([f"left out: {errors[path]}" for path in failed], f", in {out / FAILED}"):
+    reasons, where = [errors[path] for path in failed], f", in {out / FAILED}"
+    if not latents:
+        raise ValueError("\n".join([f"{source}: no clip can be encoded", *first_few(reasons, where)]))
+    for line in first_few([f"left out: {reason}" for reason in reasons], where):
         note(line)
 
 

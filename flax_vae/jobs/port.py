@@ -51,7 +51,7 @@ def port(
     check_target(dst, src, overwrite)
     source = registry.open_source(src, variant=variant, part=part)
     settings = config_of(source, config)
-    names = match(registry.abstract(settings), source.shapes())
+    names = match(registry.abstract(settings), source.shapes(), source.origin)
     kind = stored_dtype(source, names.values(), src) if dtype == "keep" else dtype
     note(f"reading {src}")
     with replacing_folder(dst) as folder:

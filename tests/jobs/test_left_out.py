@@ -76,8 +76,8 @@ def test_extraction_lists_clips_whose_latents_are_not_finite(run, damaged, image
     shutil.copy(clip, images / "long.mkv")
     out = tmp_path / "out"
     code, _, err = run("extract", images, out, "--weights", damaged("encoder.conv_out.conv.bias", math.nan))
-    assert code == 0
-    assert f"left out: {images / 'a.png'}: latents hold NaN" in err
+    assert code == 2
+    assert f"{images}: no clip can be encoded\n{images / 'a.png'}: latents hold NaN" in err
     assert [line.get("image") or line["video"] for line in lines(out / "failed.jsonl")] == [
         str(images / name) for name in ("a.png", "b.png", "c.png", "long.mkv")
     ]

@@ -154,7 +154,7 @@ def test_lpips_refuses_frames_that_are_too_small_or_unlike(lpips, video, target)
         ("head.weight", "no tensor"),
         ("lin0.bias", "no tensor"),
         ("features.0.weight", "missing: convs.0.bias"),
-        ("lin7.weight", "unexpected"),
+        ("lin7.weight", "got lins.7.weight"),
     ],
 )
 def test_unknown_or_missing_tensors_of_lpips_are_named(name, reason, tmp_path):

@@ -98,7 +98,9 @@ def frame_rate(stream: Any) -> Fraction:
 def stated_end(container: Any, stream: Any) -> Fraction | None:
     """Returns the second at which the stream ends by its header; None where FFmpeg would only estimate it."""
     if "mp4" in container.format.name and stream.duration:
-        return ((stream.start_time or 0) + stream.duration) * as_fraction(stream.time_base)
+        # in fragments, of which the header lists no frames, the duration counts from the second 0 of a broadcast on
+        start = (stream.start_time or 0) if stream.frames else 0
+        return (start + stream.duration) * as_fraction(stream.time_base)
     if "matroska" in container.format.name:
         clock = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))
         return clock and 3600 * int(clock[1]) + 60 * int(clock[2]) + Fraction(clock[3])

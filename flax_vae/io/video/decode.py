@@ -8,6 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 from flax_vae.io.files import PathLike
+from flax_vae.io.video import matroska
 from flax_vae.io.video.container import as_fraction, frame_rate, is_image, stated_end
 from flax_vae.io.video.exif import is_cut_jpeg
 from flax_vae.io.video.heif import read_grid
@@ -36,7 +37,7 @@ def decode(
     except (FFmpegError, ValueError, IndexError) as error:  # IndexError: PyAV has no stream for a packet
         with contextlib.suppress(FFmpegError):  # the decoder may hold back whole frames, to reorder them
             for frame in itertools.takewhile(lambda frame: not frame.is_corrupt, stream.codec_context.decode(None)):
-                count += 1
+                frame.time_base, count = stream.time_base, count + 1
                 yield frame
         advice = f"read at most {count} frames, or fetch the file again" if count else "fetch the file again"
         raise ValueError(f"{path}: damaged or cut short after {count} frames ({error}); {advice}") from error
@@ -68,9 +69,22 @@ def _whole(path: PathLike, container: Any, stream: Any, packets: Iterable[Any]) 
                 return  # whatever stands behind it: phones append a video
     if last is None:
         raise ValueError("no frame decodes")
-    stated = stated_end(container, stream)
-    if stated is not None and stated - end > 2 / frame_rate(stream):
+    stated = _due(path, container, stream)
+    if stated is not None and stated - end > 2 / frame_rate(stream) and not _is_whole(path, container):
         raise ValueError(f"{float(stated):.2f} s long by its header, but ends at {float(end):.2f} s")
+
+
+def _due(path: PathLike, container: Any, stream: Any) -> Fraction | None:
+    """Returns the second that the packets have to reach; None where the file does not say."""
+    stated = stated_end(container, stream)
+    if stated is None and "matroska" in container.format.name and container.duration and matroska.is_cut(path):
+        return Fraction(container.duration, 10**6)  # of all tracks; that of one stands behind them, or nowhere
+    return stated
+
+
+def _is_whole(path: PathLike, container: Any) -> bool:
+    """Whether a file has all of its packets, though they seem to end early: not each tells how long its frame stays."""
+    return "matroska" in container.format.name and matroska.is_whole(path)
 
 
 def _is_joined(path: PathLike, second: Any) -> bool:
