@@ -136,8 +136,10 @@ def _sound(target, sound: PathLike, end: Fraction) -> Timed:
                     outs[track.index] = target.add_stream_from_template(track)
                 else:
                     outs[track.index] = encoders[track.index] = _encoder(target, track, sound)
+            if not outs:
+                return
             start, left = _start(sound), set(outs)  # tracks that have not ended
-            for packet in _going_on(source.demux(*source.streams.audio)) if outs else ():
+            for packet in _going_on(source.demux(*source.streams.audio)):
                 index = packet.stream.index
                 for ready in _encoded(packet, encoders[index]) if index in encoders else [packet]:
                     if ready.pts is None:

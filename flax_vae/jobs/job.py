@@ -16,6 +16,7 @@ from flax_vae.io import files
 from flax_vae.io.trees import load_tree, save_tree
 
 PROGRESS, LOCK, PIECES = "progress.safetensors", "lock", "pieces"
+FORMAT = 2  # of what pieces hold: since 2 the times of their frames
 MIN_WORK_PER_SAVE = 20  # times what the last save took: saves take at most a twentieth of the time
 
 
@@ -95,7 +96,7 @@ class Job:
         began = time.monotonic()
         if is_complete or began - self._saved >= MIN_WORK_PER_SAVE * self._cost:
             texts = {"settings": self.settings, "decisions": self._decisions, "progress": asdict(self.progress)}
-            about = {key: json.dumps(value) for key, value in texts.items()}
+            about = {key: json.dumps(value) for key, value in {**texts, "format": FORMAT}.items()}
             save_tree(self.folder / PROGRESS, None if is_complete else carry, about)
             self._kept, self._saved = self.progress.frames, time.monotonic()
             self._cost = self._saved - began
@@ -113,9 +114,12 @@ class Job:
         try:
             carry, about = load_tree(self.folder / PROGRESS)
             before, decisions, progress = (json.loads(about[key]) for key in ("settings", "decisions", "progress"))
-            progress = Progress(**progress)
+            progress, version = Progress(**progress), json.loads(about.get("format", "1"))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.folder}: cannot be gone on with ({error}); remove it to start anew") from None
+        if version != FORMAT:
+            how = f"go on with that version, or remove {self.folder} to start anew"
+            raise ValueError(f"{self.target}: was begun by another version of flax_vae, with other pieces: {how}")
         names, now = sorted(self.settings.keys() | before.keys()), self.settings
         if changed := [name for name in names if before.get(name) != now.get(name)]:
             listed = "; ".join(f"{name} was {before.get(name)}, now {now.get(name)}" for name in changed)

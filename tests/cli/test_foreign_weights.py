@@ -37,6 +37,7 @@ def test_weights_that_are_not_finite_are_named_in_a_warning(
         )
 
 
+@pytest.mark.filterwarnings("default:this file holds several models")
 def test_the_part_and_the_variant_that_are_named_are_ported(run, tensors, config, tmp_path):
     other = {key: array + 1 for key, array in tensors.items()}
     both = {f"model.{key}": array for key, array in tensors.items()} | {f"ema.{key}": x for key, x in other.items()}

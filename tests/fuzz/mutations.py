@@ -1,5 +1,6 @@
 """Inputs, each made of the whole samples by a seed and a number alone."""
 
+import copy
 import io
 import json
 import struct
@@ -71,7 +72,7 @@ def edited(rng: np.random.Generator, text: bytes) -> bytes:
             break
         node = nodes[rng.integers(len(nodes))]
         key = list(node)[rng.integers(len(node))] if isinstance(node, dict) else int(rng.integers(len(node)))
-        value = VALUES[rng.integers(len(VALUES))]
+        value = copy.deepcopy(VALUES[rng.integers(len(VALUES))])  # it is edited in turn
         action = rng.integers(5)
         if action == 0:
             del node[key]

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,6 +37,7 @@ class Worker:
     def __init__(self, folder: Path, samples: Path, seed: int, first: int, step: int, readers: str):
         self.folder, self.next, self._step = folder, first, step
         self._command = [sys.executable, "-m", "tests.fuzz.worker", str(samples), readers, str(seed)]
+        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         self.start()
 

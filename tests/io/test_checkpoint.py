@@ -431,7 +431,7 @@ class Random:
     """Tensors that are drawn when they are read."""
 
     def __init__(self, shapes):
-        self._shapes = shapes
+        self._shapes, self.origin = shapes, "drawn"
 
     def shapes(self):
         return self._shapes

@@ -252,6 +252,24 @@ def test_progress_of_something_else_is_refused_by_name(tmp_path):
             folder_job(tmp_path / "target")
 
 
+def test_pieces_of_another_version_are_not_gone_on_with(tmp_path):
+    from flax_vae.io.trees import load_tree, save_tree
+
+    with pytest.raises(RuntimeError):
+        folder_job(tmp_path / "target", stop_at=1)
+    path = folder_of(tmp_path / "target") / PROGRESS
+    carry, about = load_tree(path)
+    for changed in ({key: about[key] for key in ("settings", "decisions", "progress")}, about | {"format": "3"}):
+        save_tree(path, carry, changed)
+        before = contents(tmp_path)
+        with pytest.raises(ValueError, match="begun by another version of flax_vae, with other pieces: go on with"):
+            folder_job(tmp_path / "target")
+        assert contents(tmp_path) == before
+    save_tree(path, carry, about)
+    folder_job(tmp_path / "target")
+    assert len(contents(tmp_path / "target")) == 3
+
+
 def test_work_goes_on_from_another_current_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RuntimeError):

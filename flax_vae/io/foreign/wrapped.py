@@ -111,11 +111,12 @@ def choose(parts: list[Part]) -> tuple[Part, str]:
     listed = ", ".join(repr(prefix.removesuffix(".") or "(top)") for prefix in sorted(whole))
     averaged = [prefix for prefix in whole if AVERAGED.search(prefix)]
     if len(averaged) != 1:
-        raise ValueError(f"this file holds several models, in {listed}: name the part that is meant")
-    chosen = averaged[0].removesuffix(".")
-    return whole[
-        averaged[0]
-    ], f"this file holds several models, in {listed}: {chosen!r}, the averaged weights, is taken"
+        raise ValueError(
+            f"this file holds several models, in {listed}: name one, as `part`, or --part of flax-vae port"
+        )
+    (prefix,) = averaged
+    chosen = prefix.removesuffix(".")
+    return whole[prefix], f"this file holds several models, in {listed}: {chosen!r}, the averaged weights, is taken"
 
 
 def outside(part: Part, parts: list[Part]) -> Part:

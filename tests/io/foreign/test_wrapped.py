@@ -102,7 +102,7 @@ def test_an_average_beside_weights_at_the_top_is_another_part():
 def test_several_models_that_nothing_tells_apart_are_refused_by_name(other):
     message = refusal(named(lambda key: f"model.{key}") | named(lambda key: f"{other}.{key}"))
     listed = ", ".join(sorted(map(repr, ["model", other])))
-    assert f"this file holds several models, in {listed}: name the part that is meant" in message
+    assert f"this file holds several models, in {listed}: name one, as `part`" in message
     assert not AVERAGED.search(f"{other}.")
 
 
