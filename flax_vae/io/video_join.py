@@ -135,13 +135,14 @@ def _sound(target, sound: PathLike, end: Fraction) -> Timed:
                 if _is_kept(target, track):
                     outs[track.index] = target.add_stream_from_template(track)
                 else:
-                    outs[track.index] = encoders[track.index] = _encoder(target, track, sound)
+                    encoders[track.index] = encoder = _Encoder(target, track, sound)
+                    outs[track.index] = encoder.stream
             if not outs:
                 return
             start, left = _start(sound), set(outs)  # tracks that have not ended
             for packet in _going_on(source.demux(*source.streams.audio)):
                 index = packet.stream.index
-                for ready in _encoded(packet, encoders[index]) if index in encoders else [packet]:
+                for ready in encoders[index].encoded(packet) if index in encoders else [packet]:
                     if ready.pts is None:
                         continue
                     if ready.pts * as_fraction(ready.time_base) - start < end:
@@ -183,7 +184,33 @@ def _is_kept(target, track) -> bool:
     return True
 
 
-def _encoder(target: Any, track: Any, sound: PathLike) -> Any:
+class _Encoder:
+    """Encodes a track as AAC, also where its rate or its channels change on the way, as in a broadcast."""
+
+    def __init__(self, target: Any, track: Any, sound: PathLike):
+        self.stream = _add_aac(target, track, sound)
+        self._kind, self._resampler = None, None  # of the frames that come now
+
+    def encoded(self, packet: Any) -> Iterator[Any]:
+        """Yields the packets that another completes, at the end of its track all that are left."""
+        for frame in packet.decode():
+            kind = frame.format.name, frame.layout.name, frame.sample_rate
+            if kind != self._kind:
+                yield from self._rest()
+                codec = self.stream.codec_context
+                self._kind, self._resampler = kind, av.AudioResampler("fltp", codec.layout, codec.rate)
+            for ready in self._resampler.resample(frame):
+                yield from self.stream.encode(ready)
+        if packet.pts is None:
+            yield from self._rest()
+            yield from self.stream.encode()
+
+    def _rest(self) -> Iterator[Any]:
+        for ready in self._resampler.resample(None) if self._resampler else ():
+            yield from self.stream.encode(ready)
+
+
+def _add_aac(target: Any, track: Any, sound: PathLike) -> Any:
     """Adds a track of AAC, with the channels and rate of another where AAC has these, otherwise two, the next rate."""
     codec = track.codec_context
     count, layout = codec.layout.nb_channels, codec.layout.name
@@ -209,13 +236,6 @@ def _start(path: PathLike) -> Fraction:
             if frame.pts is not None:
                 return frame.pts * as_fraction(frame.time_base)
     return Fraction(0)
-
-
-def _encoded(packet, encoder) -> Iterator[Any]:
-    for frame in packet.decode():
-        yield from encoder.encode(frame)
-    if packet.pts is None:  # the end of the track
-        yield from encoder.encode()
 
 
 def _moved(packet, out, seconds: Fraction) -> tuple[Fraction, Any]:

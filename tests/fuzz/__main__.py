@@ -6,6 +6,7 @@ failed.
 
 import argparse
 import os
+import shutil
 import sys
 import tempfile
 from collections import defaultdict
@@ -50,7 +51,8 @@ def main() -> None:
 def again(out: Path, seed: int, number: int) -> None:
     """Reads one input in this process; its traceback is what Python shows."""
     made = make_input(read_samples(out / "samples"), seed, number)
-    path = made.write(out / f"again-{seed}-{number}")
+    shutil.rmtree(out / "again", ignore_errors=True)
+    path = made.write(out / "again")
     print(f"{made.kind} {made.name}: {path}", flush=True)
     READERS[made.kind](path, number)
     print("read")

@@ -10,6 +10,8 @@ from flax_vae.io.video_writer import VideoWriter
 av = pytest.importorskip("av", reason="video needs PyAV: pip install av")
 join = pytest.importorskip("flax_vae.io.video_join", reason="video needs PyAV: pip install av").join
 
+from tests import clips
+
 TONE = 440  # Hz
 
 
@@ -43,10 +45,10 @@ def hear(path):
     return codec.codec.canonical_name, channels, seconds, spectrum.argmax() / seconds
 
 
-def joined(folder, source, suffix):
-    """Returns the path of a file of a second of black frames with the sound of another."""
+def joined(folder, source, suffix, seconds=1):
+    """Returns the path of a file of black frames with the sound of another."""
     with VideoWriter(folder / "piece.mp4", 25, 32, 48) as writer:
-        writer.write(np.zeros((25, 32, 48, 3), np.uint8))
+        writer.write(np.zeros((25 * seconds, 32, 48, 3), np.uint8))
     join(folder / f"out{suffix}", [folder / "piece.mp4"], Fraction(25), source)
     return folder / f"out{suffix}"
 
@@ -74,6 +76,18 @@ def test_sound_is_kept_whatever_the_target_holds(tmp_path, suffix, name, codec, 
     assert kept in (channels, 2)
     assert kept == channels or channels > 8
     assert abs(length - seconds) < 0.1 + 1024 / rate
+    assert abs(pitch - TONE) < 2
+
+
+def test_sound_whose_channels_and_rate_change_on_the_way_goes_on(tmp_path):
+    parts = [
+        write_sound(tmp_path / f"{i}.ts", "mp2", rate, layout)
+        for i, (rate, layout) in enumerate([(48000, "stereo"), (44100, "mono"), (48000, "stereo"), (32000, "mono")])
+    ]
+    source = clips.join(tmp_path / "both.ts", *parts)
+    codec, channels, seconds, pitch = hear(joined(tmp_path, source, ".mp4", seconds=4))
+    assert (codec, channels) == ("aac", 2)
+    assert abs(seconds - 4) < 0.2
     assert abs(pitch - TONE) < 2
 
 
