@@ -5,11 +5,12 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+pytest.importorskip("av", reason="video needs PyAV: pip install av")
+
+import av
+
+from flax_vae.io.video_join import join
 from flax_vae.io.video_writer import VideoWriter
-
-av = pytest.importorskip("av", reason="video needs PyAV: pip install av")
-join = pytest.importorskip("flax_vae.io.video_join", reason="video needs PyAV: pip install av").join
-
 from tests import clips
 
 TONE = 440  # Hz
