@@ -142,7 +142,7 @@ def test_weights_and_their_average_are_told_apart_and_can_be_named(tmp_path, vae
     assert not loads(tmp_path / "both.pt", vae, part="model")
     assert loads(tmp_path / "both.pt", vae, part="ema")
     torch.save({"model": noise, "state_dict": vae.state_dict()}, tmp_path / "two.pt")
-    with pytest.raises(ValueError, match="several models, in 'model', 'state_dict': name the part that is meant"):
+    with pytest.raises(ValueError, match="several models, in 'model', 'state_dict': name one, as `part`"):
         loads(tmp_path / "two.pt", vae)
     assert loads(tmp_path / "two.pt", vae, part="state_dict")
 
