@@ -189,7 +189,8 @@ class _Encoder:
 
     def __init__(self, target: Any, track: Any, sound: PathLike):
         self.stream = _add_aac(target, track, sound)
-        self._kind, self._resampler = None, None  # of the frames that come now
+        self._kind: tuple[str, str, int] | None = None  # of the frames that come now
+        self._resampler: Any = None
 
     def encoded(self, packet: Any) -> Iterator[Any]:
         """Yields the packets that another completes, at the end of its track all that are left."""
